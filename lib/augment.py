@@ -1,0 +1,91 @@
+"""Batched augmentation: affine maps with exact inverses, and intensity changes."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from lib.warping import pixel_grid, sample
+
+
+class Affine(NamedTuple):
+    """One affine map per image, about the image's centre c: y = c + matrix (x - c) + shift, in pixels.
+
+    An image transformed by it has at x what the image before had at y.
+    """
+
+    matrix: torch.Tensor  # (batch, 2, 2)
+    shift: torch.Tensor  # (batch, 2)
+
+    def inverse(self):
+        """The map that undoes this one."""
+        matrix = torch.linalg.inv(self.matrix)
+        return Affine(matrix, -(matrix @ self.shift[..., None])[..., 0])
+
+    def __getitem__(self, index):
+        """The maps of some images of the batch, where ``index`` is a slice or index tensor."""
+        return Affine(self.matrix[index], self.shift[index])
+
+    def apply(self, images, padding="border"):
+        """Images or masks ``(batch, channels, height, width)``, transformed; outside is edge or zero."""
+        height, width = images.shape[-2:]
+        centre = images.new_tensor([(height - 1) / 2, (width - 1) / 2]).float()[None, :, None]
+        grid = pixel_grid(height, width, images.device).reshape(1, 2, -1)
+        moved = self.matrix @ (grid - centre) + centre + self.shift[..., None]
+        return sample(images, moved.reshape(-1, 2, height, width), padding)
+
+
+def uniform(shape, half_width, generator):
+    """Draws from U(-half_width, half_width) on the generator's device."""
+    return (2 * torch.rand(shape, generator=generator, device=generator.device) - 1) * half_width
+
+
+def draw_affine(n, side, generator, *, rotation=0.0, scaling=0.0, shift=0.0, flip=False):
+    """``n`` random affine maps.
+
+    Args:
+        side: the longer side of the images, pixels.
+        rotation: degrees, half-width of a uniform range.
+        scaling: factors are exp(U(-scaling, scaling)), one per axis.
+        shift: fraction of the side.
+        flip: mirror left and right in half of the maps.
+    """
+    angle = uniform(n, math.radians(rotation), generator)
+    cos, sin = angle.cos(), angle.sin()
+    turn = torch.stack((cos, -sin, sin, cos), -1).reshape(n, 2, 2)
+    scale = uniform((n, 2), scaling, generator).exp()
+    if flip:
+        mirror = torch.rand(n, generator=generator, device=generator.device) < 0.5
+        scale[:, 1] = torch.where(mirror, -scale[:, 1], scale[:, 1])
+    return Affine(turn * scale[:, None], uniform((n, 2), shift * side, generator))
+
+
+def change_contrast(images, factors):
+    """Each image's deviation from its mean times its factor ``(batch,)``, clipped to [0, 1]."""
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return (mean + (images - mean) * factors[:, None, None, None]).clamp(0, 1)
+
+
+def augment(images, masks, generator, settings, flip):
+    """The strong recipe's augmentation of a training batch: one affine map for image and mask, then intensity.
+
+    Args:
+        images: ``(batch, 1, height, width)`` in [0, 1].
+        masks: ``(batch, classes, height, width)``, moved with exactly the map of their image.
+        settings: section ``augmentation`` of params.yaml.
+        flip: whether the anatomy is symmetric.
+
+    Returns:
+        Augmented (images, masks), same shapes and ranges.
+    """
+    n, side = len(images), max(images.shape[-2:])
+    maps = draw_affine(
+        n, side, generator, rotation=settings.rotation, scaling=settings.scaling, shift=settings.shift, flip=flip
+    )
+    images, masks = maps.apply(images), maps.apply(masks, padding="zeros")
+    gamma = uniform(n, settings.gamma, generator).exp()[:, None, None, None]
+    images = images.clamp(0, 1).pow(gamma)
+    images = change_contrast(images, 1 + uniform(n, settings.contrast, generator))
+    images = images + uniform(n, settings.brightness, generator)[:, None, None, None]
+    noise = torch.randn(images.shape, generator=generator, device=generator.device)
+    return (images + settings.noise_std * noise).clamp(0, 1), masks

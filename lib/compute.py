@@ -1,0 +1,89 @@
+"""Where and how tensors are computed: device, precision, memory layout, allocator, random draws."""
+
+import ctypes
+import hashlib
+from contextlib import nullcontext
+
+import torch
+
+
+def best_device(name="auto"):
+    """The torch device called ``name``; ``auto`` is the GPU where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device '{name}' is asked for in params.yaml, but torch sees no GPU: set device: auto")
+    return torch.device(name)
+
+
+def has_bfloat16(device):
+    """True where the hardware multiplies bfloat16 itself; elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class Numerics:
+    """The device together with the precision and memory layout that are fast on it.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        precision: ``auto`` (bfloat16 where the hardware has it), ``bfloat16`` or ``float32``.
+
+    Only networks run under autocast. Losses, sampling grids and displacement fields stay in float32.
+    """
+
+    def __init__(self, device="auto", precision="auto"):
+        self.device = best_device(device)
+        if precision == "auto":
+            precision = "bfloat16" if has_bfloat16(self.device) else "float32"
+        if precision not in ("bfloat16", "float32"):
+            raise ValueError(f"precision '{precision}' is not one of auto, bfloat16, float32")
+        self.precision = precision
+        self.memory_format = torch.channels_last
+        keep_heap()
+
+    def place(self, network):
+        """The network, moved to the device in this layout."""
+        return network.to(self.device, memory_format=self.memory_format)
+
+    def tensor(self, array):
+        """An image-shaped array as a float32 tensor on the device, in this layout."""
+        tensor = torch.as_tensor(array, dtype=torch.float32).to(self.device)
+        return tensor.contiguous(memory_format=self.memory_format) if tensor.ndim == 4 else tensor
+
+    def autocast(self):
+        """Context in which networks run."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def batch(self, images):
+        """How many images a network sees at once without gradients: what fits the cache, or the GPU's memory."""
+        pixels = 2**18 if self.device.type == "cpu" else 2**24
+        return max(1, pixels // (images.shape[-1] * images.shape[-2]))
+
+    def generator(self, *names):
+        """A generator on the device, seeded by ``names`` (numbers and words), for all draws of one piece of work."""
+        return torch.Generator(self.device).manual_seed(seed_of(*names))
+
+
+def seed_of(*names):
+    """A 63-bit seed that depends on every one of ``names`` and on nothing else."""
+    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def keep_heap():
+    """Tell glibc to keep freed memory instead of returning it to the system.
+
+    Feature maps at full resolution are tens of megabytes; by default each one is mapped, zeroed page by page
+    and unmapped again in every operation, which costs more than the convolutions. Does nothing elsewhere.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        pass

@@ -1,0 +1,271 @@
+"""Cohorts: 2D slices with masks, subjects and a split by subject; every check on what comes in."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+SPLITS = ("train", "validation", "test", "unseen")  # unseen: another anatomy, tested only
+
+
+class DataError(ValueError):
+    """Input that cannot be used; the message names the file and says what to do."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A table of 2D slices.
+
+    Attributes:
+        name: as in params.yaml.
+        title: as in tables; says so where the cohort is simulated.
+        images: ``(slices, height, width)`` float32 in [0, 1].
+        labels: ``(slices, height, width)`` uint8, 0 background, 1.. the classes.
+        subjects: ``(slices,)`` subject ids.
+        split: ``(slices,)`` one of SPLITS.
+        classes: name of every foreground class.
+        symmetric: whether a mirrored image is a valid one.
+        pixel_mm: side of a pixel.
+    """
+
+    name: str
+    title: str
+    images: np.ndarray
+    labels: np.ndarray
+    subjects: np.ndarray
+    split: np.ndarray
+    classes: tuple
+    symmetric: bool
+    pixel_mm: float
+
+    def index(self, split):
+        """Indices of the slices of one split."""
+        return np.flatnonzero(self.split == split)
+
+    def save(self, file):
+        """Write the cohort as one .npz file; the same cohort gives the same bytes."""
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial.npz")
+        np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
+        partial.replace(file)
+
+
+def load_cohort(file):
+    """The cohort that ``Cohort.save`` wrote.
+
+    Raises:
+        DataError: the file is missing or is not one of ours.
+    """
+    file = Path(file)
+    if not file.exists():
+        raise DataError(f"{file} is missing: run notebooks/01_data.ipynb, or `dvc repro`, first")
+    try:
+        with np.load(file) as archive:
+            values = {field.name: archive[field.name] for field in fields(Cohort)}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} is not a cohort file ({error}): delete it and run notebooks/01_data.ipynb") from error
+    for name in ("name", "title", "symmetric", "pixel_mm"):
+        values[name] = values[name].item()
+    values["classes"] = tuple(values["classes"].tolist())
+    return Cohort(**values)
+
+
+# --- reading images ---------------------------------------------------------------------------------------------
+
+
+def read_nifti(file):
+    """A NIfTI image in the closest canonical (RAS) orientation.
+
+    Returns:
+        (array, affine).
+
+    Raises:
+        DataError: missing, unreadable or truncated file.
+    """
+    file = Path(file)
+    if not file.exists():
+        raise DataError(f"{file} does not exist: check the folder's layout and the file's name")
+    try:
+        image = nib.as_closest_canonical(nib.load(file))
+        return np.asarray(image.dataobj), image.affine
+    except Exception as error:  # nibabel lets whatever gzip, numpy and its own parsers raise through
+        raise DataError(f"{file} cannot be read as NIfTI ({error}): export or download it again") from error
+
+
+def read_pair(image_file, mask_file, values):
+    """An image and its mask, checked.
+
+    Args:
+        values: the label values that the mask may hold, background included.
+
+    Returns:
+        (image float32, mask uint8) arrays of one shape, RAS.
+
+    Raises:
+        DataError: unreadable file, different shape or affine, a label outside ``values``, NaN, constant image,
+            or no mask.
+    """
+    if mask_file is None or not Path(mask_file).exists():
+        raise DataError(f"{image_file} has no mask, but one is needed here: add {mask_file}, or leave the image out")
+    image, affine = read_nifti(image_file)
+    mask, mask_affine = read_nifti(mask_file)
+    if image.shape != mask.shape:
+        raise DataError(
+            f"{image_file} has shape {image.shape} but its mask {mask_file} has {mask.shape}: "
+            "resample the mask onto the image's grid"
+        )
+    if not np.allclose(affine, mask_affine, atol=1e-3):
+        raise DataError(
+            f"{image_file} and its mask {mask_file} have different affines: resample the mask onto the image's grid"
+        )
+    check_image(image, image_file)
+    unknown = sorted(set(np.unique(mask).tolist()) - set(values))
+    if unknown:
+        raise DataError(f"{mask_file} holds label values {unknown}, but only {sorted(values)} are declared")
+    return image.astype(np.float32), mask.astype(np.uint8)
+
+
+def check_image(image, file):
+    """Raise DataError where an image holds NaN or infinity, or is constant."""
+    if not np.isfinite(image).all():
+        raise DataError(f"{file} holds NaN or infinite values: replace them, or leave the image out")
+    if image.min() == image.max():
+        raise DataError(f"{file} is constant ({image.min()}): it shows nothing, leave it out")
+
+
+def min_max(image):
+    """An image scaled to [0, 1]; a constant one becomes 0."""
+    low, high = float(image.min()), float(image.max())
+    if high == low:
+        return np.zeros_like(image, dtype=np.float32)
+    return ((image - low) / (high - low)).astype(np.float32)
+
+
+def on_canvas(image, size):
+    """A 2D image centred on a ``size`` x ``size`` canvas of zeros, cropped where it is larger."""
+    canvas = np.zeros((size, size), image.dtype)
+    window = []
+    for side in image.shape:
+        length = min(side, size)
+        window.append((slice((size - length) // 2, (size - length) // 2 + length),
+                       slice((side - length) // 2, (side - length) // 2 + length)))
+    (to_rows, from_rows), (to_columns, from_columns) = window
+    canvas[to_rows, to_columns] = image[from_rows, from_columns]
+    return canvas
+
+
+# --- splitting --------------------------------------------------------------------------------------------------
+
+
+def split_by_subject(subjects, sizes, seed):
+    """Splits by subject, never by slice.
+
+    Args:
+        subjects: ``(slices,)`` ids.
+        sizes: slices wanted for train, validation and test; scaled down in proportion where there are fewer.
+        seed: of the draw.
+
+    Returns:
+        ``(slices,)`` of train, validation, test, or ``unused`` where there are more slices than wanted.
+
+    Raises:
+        DataError: fewer subjects than splits.
+    """
+    names, slices = np.unique(subjects, return_counts=True)
+    if len(names) < 3:
+        raise DataError(f"{len(names)} subjects cannot fill train, validation and test: give at least 3")
+    share = min(1.0, len(subjects) / sum(sizes.values()))
+    wanted = {split: max(1, round(sizes[split] * share)) for split in ("test", "validation", "train")}
+    order = list(np.random.default_rng(seed).permutation(len(names)))
+    assignment = dict.fromkeys(names, "unused")
+    for position, (split, count) in enumerate(wanted.items()):
+        taken = 0
+        while taken < count and len(order) > 2 - position:  # each split keeps at least one subject
+            subject = order.pop()
+            assignment[names[subject]] = split
+            taken += slices[subject]
+    return np.array([assignment[subject] for subject in subjects])
+
+
+def check_split(subjects, split):
+    """Raise DataError where a subject stands in two splits, or a split is empty."""
+    for subject in np.unique(subjects):
+        found = np.unique(split[subjects == subject])
+        if len(found) > 1:
+            raise DataError(f"subject {subject} is in the splits {' and '.join(found)}: it may be in one only")
+    for name in ("train", "validation", "test"):
+        if not (split == name).any():
+            raise DataError(f"the {name} split is empty: give more subjects, or a smaller split in params.yaml")
+
+
+def labelled_count(rate, n_train):
+    """How many training images are labelled at ``rate`` per cent; 1 % is the paper's five images."""
+    return min(n_train, 5 if rate == 1 else max(1, round(n_train * rate / 100)))
+
+
+def draw_labelled(cohort, rate, seed):
+    """Indices of the labelled and of the unlabelled training images.
+
+    Labelled images come from distinct subjects first: every subject gives one slice before any gives a second.
+    """
+    train = cohort.index("train")
+    rng = np.random.default_rng([seed, 1])
+    rank, order = {}, []
+    for index in rng.permutation(train):
+        subject = cohort.subjects[index]
+        rank[subject] = rank.get(subject, -1) + 1
+        order.append((rank[subject], len(order), index))
+    chosen = np.array([index for *_, index in sorted(order)[: labelled_count(rate, len(train))]])
+    return np.sort(chosen), np.setdiff1d(train, chosen)
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+def build(settings, data_folder):
+    """The cohort that params.yaml names.
+
+    Args:
+        settings: as params.load gives them.
+        data_folder: the raw files of the midbrain cohort.
+    """
+    from lib import hippocampus, midbrain
+
+    if settings.cohort == "midbrain":
+        cohort = midbrain.build(settings.midbrain, settings.seed, data_folder)
+    else:
+        cohort = hippocampus.build(settings.hippocampus, settings.seed)
+    check_split(cohort.subjects, cohort.split)
+    return cohort
+
+
+def one_hot(labels, classes):
+    """Label maps ``(n, height, width)`` as masks ``(n, classes, height, width)`` float32, background left out."""
+    return np.stack([labels == value for value in range(1, classes + 1)], axis=1).astype(np.float32)
+
+
+def to_labels(masks):
+    """Masks ``(n, classes, height, width)`` in [0, 1], thresholded at 0.5, as label maps ``(n, height, width)``."""
+    confidence, label = masks.max(dim=1)
+    return torch.where(confidence > 0.5, label + 1, 0)
+
+
+class Tensors:
+    """A cohort on the device, with the labelled images drawn.
+
+    Attributes:
+        images: ``(slices, 1, height, width)``; masks: ``(slices, classes, height, width)``.
+        labelled, unlabelled, train, validation: index tensors.
+    """
+
+    def __init__(self, cohort, settings, numerics):
+        self.images = numerics.tensor(cohort.images[:, None])
+        self.masks = numerics.tensor(one_hot(cohort.labels, len(cohort.classes)))
+        labelled, unlabelled = draw_labelled(cohort, settings.rate, settings.seed)
+        as_index = lambda index: torch.as_tensor(index, device=numerics.device)
+        self.labelled, self.unlabelled = as_index(labelled), as_index(unlabelled)
+        self.train, self.validation = as_index(cohort.index("train")), as_index(cohort.index("validation"))
+        self.symmetric = cohort.symmetric

@@ -1,0 +1,93 @@
+"""The losses of P1, section 2.3."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from lib.warping import warp
+
+SMOOTH = 1e-5  # keeps the Dice of two empty masks at 1 and its gradient finite
+
+
+def soft_dice_loss(prediction, target):
+    """Soft Dice loss with squared denominator, eq. (1): 1 - 2 sum(y' y) / (sum(y'^2) + sum(y^2)).
+
+    Args:
+        prediction, target: ``(batch, classes, height, width)`` in [0, 1]; targets may be soft.
+
+    Returns:
+        Scalar in [0, 1], the mean over images and classes. Two empty masks count as 0.
+    """
+    prediction, target = prediction.float(), target.float()
+    overlap = (prediction * target).sum(dim=(2, 3))
+    size = prediction.square().sum(dim=(2, 3)) + target.square().sum(dim=(2, 3))
+    return (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean()
+
+
+def gncc(first, second):
+    """Global normalised cross-correlation per image, in [-1, 1], the fraction of eq. (2).
+
+    The paper prints variances under the fraction; a correlation has standard deviations there.
+    Invariant to gain and offset of either image. 0 where an image is constant.
+
+    Args:
+        first, second: ``(batch, 1, height, width)``.
+
+    Returns:
+        ``(batch,)``.
+    """
+    first = first.float() - first.float().mean(dim=(1, 2, 3), keepdim=True)
+    second = second.float() - second.float().mean(dim=(1, 2, 3), keepdim=True)
+    covariance = (first * second).sum(dim=(1, 2, 3))
+    power = first.square().sum(dim=(1, 2, 3)) * second.square().sum(dim=(1, 2, 3))
+    return covariance / power.clamp_min(1e-10).sqrt()
+
+
+def gncc_loss(first, second):
+    """1 - GNCC, eq. (2), averaged over the batch: 0 for images equal up to gain and offset, at most 2."""
+    return 1 - gncc(first, second).mean()
+
+
+def smoothness_loss(residual):
+    """Mean squared forward difference of a displacement field, the L2 regularisation of eq. (3)."""
+    rows = (residual[:, :, 1:] - residual[:, :, :-1]).float().square().mean()
+    columns = (residual[:, :, :, 1:] - residual[:, :, :, :-1]).float().square().mean()
+    return (rows + columns) / 2
+
+
+class RegistrationLoss(NamedTuple):
+    """Parts of eq. (3), each the mean over levels; ``total`` is what is minimised."""
+
+    total: torch.Tensor
+    similarity: torch.Tensor
+    dice: torch.Tensor
+    smoothness: torch.Tensor
+
+
+def registration_loss(levels, source, target, weights, source_mask=None, target_mask=None):
+    """The registration objective, eq. (3), with deep supervision at every resolution.
+
+    Args:
+        levels: from coarsest to finest, pairs (displacement D_i, residual field R_i), as MrRegNet gives them.
+        source, target: ``(batch, 1, height, width)`` at the finest level's size.
+        weights: smoothness weight lambda_i per level, coarsest first.
+        source_mask, target_mask: ``(batch, classes, height, width)``, for the joint phase; None in pre-training.
+
+    Returns:
+        RegistrationLoss of scalars; ``smoothness`` is already weighted.
+    """
+    guided = source_mask is not None
+    moving = torch.cat((source, source_mask), 1) if guided else source
+    fixed = torch.cat((target, target_mask), 1) if guided else target
+    similarity = dice = smoothness = torch.zeros((), device=source.device)
+    for (displacement, residual), weight in zip(reversed(levels), reversed(list(weights)), strict=True):
+        if fixed.shape[-1] != displacement.shape[-1]:
+            moving, fixed = F.avg_pool2d(moving, 2), F.avg_pool2d(fixed, 2)
+        warped = warp(moving, displacement)
+        similarity = similarity + gncc_loss(warped[:, :1], fixed[:, :1])
+        if guided:
+            dice = dice + soft_dice_loss(warped[:, 1:], fixed[:, 1:])
+        smoothness = smoothness + weight * smoothness_loss(residual)
+    k = len(levels)
+    return RegistrationLoss((similarity + dice + smoothness) / k, similarity / k, dice / k, smoothness / k)

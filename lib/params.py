@@ -1,0 +1,116 @@
+"""Settings of a run: params.yaml, resolved for one scale and one recipe, and the folders that go with them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ("paper", "strong")
+CHOICES = {
+    "cohort": ("midbrain", "hippocampus"),
+    "recipe": RECIPES,
+    "scale": ("smoke", "cpu", "paper"),
+}
+
+
+class Section(dict):
+    """A part of params.yaml whose keys read as attributes."""
+
+    def __getattr__(self, key):
+        try:
+            return self[key]
+        except KeyError:
+            raise AttributeError(f"params.yaml has no '{key}' here; it has {', '.join(self)}") from None
+
+
+def section(tree):
+    """Nested dictionaries as nested Sections, ruamel's types as plain ones."""
+    if isinstance(tree, dict):
+        return Section((key, section(value)) for key, value in tree.items())
+    if isinstance(tree, list):
+        return [section(value) for value in tree]
+    if isinstance(tree, bool) or tree is None:
+        return tree
+    if isinstance(tree, int):
+        return int(tree)
+    return float(tree) if isinstance(tree, float) else str(tree)
+
+
+def merge(base, changes):
+    """``base`` with the values of ``changes``, recursively. Unknown keys are errors."""
+    merged = Section(base)
+    for key, value in changes.items():
+        if key not in base:
+            raise ValueError(f"'{key}' in params.yaml is not a known setting; known here: {', '.join(base)}")
+        both = isinstance(value, dict) and isinstance(base[key], dict)
+        merged[key] = merge(base[key], value) if both else value
+    return merged
+
+
+def load(recipe=None, file=None):
+    """The settings of params.yaml, resolved.
+
+    Args:
+        recipe: ``paper`` or ``strong``; None for the one that the file names.
+        file: another params file.
+
+    The environment variable ``JOINT_SET`` (``key=value,section.key=value``) overrides single values and
+    ``JOINT_OUTPUT`` names a folder for all outputs instead of the repository: the tests use both.
+
+    Returns:
+        Section. ``segmentation``, ``registration`` and ``joint`` hold the values of the recipe and the scale.
+
+    Raises:
+        ValueError: an unknown cohort, recipe, scale or setting.
+    """
+    tree = section(YAML(typ="safe").load(Path(file or ROOT / "params.yaml").read_text()))
+    for assignment in filter(None, os.environ.get("JOINT_SET", "").split(",")):
+        *path, key = assignment.split("=", 1)[0].split(".")
+        value = section(YAML(typ="safe").load(assignment.split("=", 1)[1]))
+        nested = {key: value}
+        for name in reversed(path):
+            nested = {name: nested}
+        tree = merge(tree, nested)
+    if recipe:
+        tree["recipe"] = recipe
+    for key, allowed in CHOICES.items():
+        if tree[key] not in allowed:
+            raise ValueError(f"{key} '{tree[key]}' in params.yaml is not one of {', '.join(allowed)}")
+    if not 0 < tree.rate <= 100:
+        raise ValueError(f"rate {tree.rate} in params.yaml is not a percentage between 0 and 100")
+    scales = tree.pop("scales")
+    tree = merge(tree, scales[tree.scale])
+    for stage in ("segmentation", "registration", "joint"):
+        recipes = {name: tree[stage].pop(name) for name in RECIPES}
+        tree[stage].update(recipes[tree.recipe])
+    return tree
+
+
+def recipes(settings):
+    """The recipes that run: the paper's, and the one beside it."""
+    return list(dict.fromkeys(("paper", settings.recipe)))
+
+
+def fingerprint(*parts):
+    """A hash of settings and data, by which a checkpoint knows whether it may be resumed."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def output_root():
+    """The folder under which work/ and results/ lie: the repository, unless JOINT_OUTPUT names another."""
+    return Path(os.environ.get("JOINT_OUTPUT", ROOT))
+
+
+def work_folder(*names):
+    """A folder under work/ for large files that git does not keep."""
+    return output_root().joinpath("work", *map(str, names))
+
+
+def results_folder(settings):
+    """results/<cohort>/, made if need be, for tables and figures that git keeps."""
+    folder = output_root() / "results" / settings.cohort
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

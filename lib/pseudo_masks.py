@@ -1,0 +1,145 @@
+"""Soft pseudo-masks (P1, section 2.2): the mean of N test-time-augmented and N warped masks."""
+
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from lib.augment import change_contrast, draw_affine, uniform
+from lib.losses import gncc
+from lib.warping import folding, warp
+
+
+class PseudoMasks(NamedTuple):
+    """What both networks say about a set of images; masks are ``(images, classes, height, width)`` in [0, 1]."""
+
+    plain: torch.Tensor  # the segmentation network's mask of the image as it is ("Joint" at test time)
+    segmentation: torch.Tensor  # mean of the N segmentation masks
+    registration: torch.Tensor  # mean of the N warped masks
+    soft: torch.Tensor  # mean of all 2N: the soft pseudo-mask, and "Combined" at test time
+    folding: torch.Tensor  # (images,) share of pixels with a non-positive Jacobian determinant, over the N fields
+
+
+def segmentation_masks(network, images, n, generator, settings, flip, numerics):
+    """N probabilistic masks of every image: the plain one and N - 1 under augmentation, mapped back.
+
+    Args:
+        network: ResidualUNet.
+        images: ``(batch, 1, height, width)``.
+        n: N.
+        generator: for the draws.
+        settings: section ``pseudo_masks`` (rotation, shift, contrast).
+        flip: whether the anatomy is symmetric, so that mirrored images are valid ones.
+
+    Returns:
+        ``(n, batch, classes, height, width)`` in [0, 1].
+    """
+    batch, side = len(images), max(images.shape[-2:])
+    masks = []
+    for k in range(n):
+        if k == 0:
+            with numerics.autocast():
+                masks.append(network.segment(images))
+            continue
+        maps = draw_affine(batch, side, generator, rotation=settings.rotation, shift=settings.shift, flip=flip)
+        seen = change_contrast(maps.apply(images), 1 + uniform(batch, settings.contrast, generator))
+        with numerics.autocast():
+            masks.append(network.segment(seen))
+        masks[-1] = maps.inverse().apply(masks[-1], padding="zeros")
+    return torch.stack(masks)
+
+
+def registration_masks(network, images, sources, source_masks, choice, numerics):
+    """N warped masks of every image: N labelled images are registered to it and their masks warped.
+
+    Args:
+        network: MrRegNet.
+        images: targets ``(batch, 1, height, width)``.
+        sources, source_masks: labelled images and their masks.
+        choice: ``(batch, n)`` indices of the sources of each target.
+
+    Returns:
+        Masks ``(n, batch, classes, height, width)``, warped sources ``(n, batch, 1, height, width)`` and
+        displacements ``(n, batch, 2, height, width)``.
+    """
+    masks, warped, displacements = [], [], []
+    for index in choice.T:
+        with numerics.autocast():
+            displacement = network.register(sources[index], images)
+        both = warp(torch.cat((sources[index], source_masks[index]), 1), displacement)
+        warped.append(both[:, :1])
+        masks.append(both[:, 1:])
+        displacements.append(displacement)
+    return torch.stack(masks), torch.stack(warped), torch.stack(displacements)
+
+
+def draw_sources(images, sources, n, generator):
+    """``(images, n)`` random source indices: all different where there are n labelled images, else repeated."""
+    order = torch.rand((images, sources), generator=generator, device=generator.device).argsort(dim=1)
+    return order.repeat(1, -(-n // sources))[:, :n]
+
+
+def best_sources(network, images, sources, source_masks, n, candidates, generator, numerics):
+    """``(batch, n)`` indices of the sources most similar to each target after registration, by GNCC."""
+    drawn = draw_sources(len(images), len(sources), min(candidates, len(sources)), generator)
+    _, warped, _ = registration_masks(network, images, sources, source_masks, drawn, numerics)
+    similarity = torch.stack([gncc(w, images) for w in warped], dim=1)
+    ranked = drawn.gather(1, similarity.argsort(dim=1, descending=True))
+    return ranked.repeat(1, -(-n // ranked.shape[1]))[:, :n]
+
+
+@torch.no_grad()
+def generate(networks, images, sources, source_masks, settings, flip, generator, numerics, label="pseudo-masks"):
+    """Soft pseudo-masks of ``images``, computed in batches.
+
+    Args:
+        networks: (ResidualUNet, MrRegNet).
+        images: ``(images, 1, height, width)`` on the device.
+        sources, source_masks: the labelled images and their masks.
+        settings: section ``pseudo_masks``.
+        flip: whether the anatomy is symmetric.
+        generator: for all draws.
+        label: of the progress bar.
+
+    Returns:
+        PseudoMasks.
+
+    Raises:
+        ValueError: there is no labelled image, or ``settings.sources`` is not random or best.
+    """
+    if len(sources) == 0:
+        raise ValueError("soft pseudo-masks need at least one labelled image: raise the rate in params.yaml")
+    if settings.sources not in ("random", "best"):
+        raise ValueError(f"pseudo_masks.sources '{settings.sources}' in params.yaml is not one of random, best")
+    segmentation, registration = (network.eval() for network in networks)
+    n, parts = settings.n, []
+    for batch in tqdm(images.split(numerics.batch(images)), desc=label, unit="batch", leave=False):
+        seen = segmentation_masks(segmentation, batch, n, generator, settings, flip, numerics)
+        if settings.sources == "best":
+            choice = best_sources(
+                registration, batch, sources, source_masks, n, settings.candidates, generator, numerics
+            )
+        else:
+            choice = draw_sources(len(batch), len(sources), n, generator)
+        warped, _, displacements = registration_masks(registration, batch, sources, source_masks, choice, numerics)
+        folds = torch.stack([folding(d) for d in displacements]).mean(0)
+        parts.append(PseudoMasks(seen[0], seen.mean(0), warped.mean(0), torch.cat((seen, warped)).mean(0), folds))
+    return PseudoMasks(*(torch.cat(part) for part in zip(*parts)))
+
+
+def mean_confidence(soft):
+    """Mean confidence of each soft mask, in [0.5, 1].
+
+    The confidence of a pixel is max(p, 1 - p); it is averaged over the pixels that any mask marks at all
+    (p > 0.05), so that the empty background does not count. 1 where no pixel is marked.
+
+    Args:
+        soft: ``(images, classes, height, width)``.
+
+    Returns:
+        ``(images,)``.
+    """
+    marked = (soft > 0.05).float()
+    confidence = torch.maximum(soft, 1 - soft) * marked
+    count = marked.sum(dim=(1, 2, 3))
+    return torch.where(count > 0, confidence.sum(dim=(1, 2, 3)) / count.clamp_min(1), torch.ones_like(count))
