@@ -225,17 +225,12 @@ def draw_labelled(cohort, rate, seed):
 # --- building ---------------------------------------------------------------------------------------------------
 
 
-def build(settings, data_folder):
-    """The cohort that params.yaml names.
-
-    Args:
-        settings: as params.load gives them.
-        data_folder: the raw files of the midbrain cohort.
-    """
-    from lib import hippocampus, midbrain
+def build(settings):
+    """The cohort that params.yaml names; ``settings`` as params.load gives them."""
+    from lib import anatomies, hippocampus, midbrain  # they import this module
 
     if settings.cohort == "midbrain":
-        cohort = midbrain.build(settings.midbrain, settings.seed, data_folder)
+        cohort = midbrain.build(settings.midbrain, settings.seed, anatomies.raw_folder())
     else:
         cohort = hippocampus.build(settings.hippocampus, settings.seed)
     check_split(cohort.subjects, cohort.split)

@@ -101,10 +101,7 @@ def evaluate(setup, split):
     if len(index) == 0:
         return pd.DataFrame()
     images, truth = data.images[index], data.masks[index]
-    measured = pd.DataFrame(
-        [row for number in range(settings.joint.rounds + 1) for row in training.load_round(setup, number)[1]]
-    )
-    rounds = {"fs": 0, **training.best_rounds(measured)}
+    rounds = {"fs": 0, **training.best_rounds(training.load_measured(setup))}
     masks = {
         number: setup.generate(training.load_round(setup, number)[0], images, f"{split}, round {number}",
                                "test", split, number)
@@ -125,6 +122,22 @@ def evaluate(setup, split):
             "seed": settings.seed}
     frame = pd.concat(frames, ignore_index=True)
     return frame.assign(**head)[[*head, *frame.columns]]
+
+
+def rounds(setups):
+    """rounds.csv: what was measured after every joint round, of every recipe; ``best_for`` names the methods that
+    are tested with that round."""
+    from lib import training
+
+    frames = []
+    for setup in setups:
+        measured = training.load_measured(setup)
+        best = training.best_rounds(measured)
+        named = measured["round"].map(lambda number: " ".join(m for m, chosen in best.items() if chosen == number))
+        settings = setup.settings
+        head = {"cohort": setup.cohort.title, "recipe": settings.recipe, "rate": settings.rate, "seed": settings.seed}
+        frames.append(measured.assign(best_for=named, **head)[[*head, *measured.columns, "best_for"]])
+    return pd.concat(frames, ignore_index=True)
 
 
 def average_classes(per_image):

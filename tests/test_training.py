@@ -1,0 +1,175 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lib import data, params, training
+
+
+def made_up_cohort(slices=30, side=32):
+    """Bright ellipses that the masks cover, two slices a subject."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:side, :side]
+    images, labels = [], []
+    for _ in range(slices):
+        centre, radius = rng.uniform(12, 20, 2), rng.uniform(5, 8, 2)
+        inside = ((rows - centre[0]) / radius[0]) ** 2 + ((columns - centre[1]) / radius[1]) ** 2 < 1
+        images.append(data.min_max(inside + 0.2 * rng.standard_normal((side, side))))
+        labels.append(inside.astype(np.uint8))
+    subjects = np.repeat([f"s{k:02d}" for k in range(slices // 2)], 2)
+    return data.Cohort(
+        "midbrain", "made up", np.stack(images), np.stack(labels), subjects,
+        data.split_by_subject(subjects, {"train": 20, "validation": 4, "test": 6}, 1), ("ellipse",), True, 1.0,
+    )
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    settings = params.load("strong")
+    made_up_cohort().save(training.cohort_file(settings))
+    return training.Setup(settings)
+
+
+def same_weights(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+def test_the_same_seed_gives_the_same_numbers(setup, tmp_path, monkeypatch):
+    network, history = training.pretrain_segmentation(setup)
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / "again"))
+    made_up_cohort().save(training.cohort_file(setup.settings))
+    again, history_again = training.pretrain_segmentation(training.Setup(setup.settings))
+    assert same_weights(network, again)
+    pd.testing.assert_frame_equal(history, history_again)
+
+
+@pytest.mark.parametrize("recipe", params.RECIPES)
+def test_segmentation_learns_ellipses(setup, recipe):
+    settings = params.load(recipe)
+    settings.segmentation["epochs"] = 120
+    settings.segmentation["learning_rate"] = 0.003
+    setup = training.Setup(settings)
+    network, history = training.pretrain_segmentation(setup)
+    assert history["validation"].max() > 0.8
+    assert training.validation_dice(setup, network) == pytest.approx(history["validation"].max())
+
+
+def test_joint_rounds_measure_save_and_resume(setup):
+    training.pretrain_segmentation(setup)
+    training.pretrain_registration(setup)
+    rounds = training.joint_rounds(setup)
+    assert rounds.measured["round"].tolist() == [0, 0, 1, 1]
+    assert rounds.measured["split"].tolist() == ["validation", "unlabelled"] * 2
+    (segmentation, _), _ = training.load_round(setup, 0)
+    assert same_weights(segmentation, training.load_pretrained(setup)[0])
+    again = training.joint_rounds(setup)  # everything is there already: same numbers
+    pd.testing.assert_frame_equal(rounds.measured, again.measured)
+    pd.testing.assert_frame_equal(rounds.history, again.history)
+
+
+SCRIPT = """
+import sys
+from lib import params, training
+training.CHECKPOINT_SECONDS = 0
+setup = training.Setup(params.load("strong"))
+setup.settings.segmentation["epochs"] = 80
+training.pretrain_segmentation(setup)
+training.pretrain_registration(setup)
+training.joint_rounds(setup)
+"""
+
+
+def run_script(folder, kill_after=None):
+    """Run SCRIPT; where ``kill_after`` is a number, SIGKILL it once so many checkpoints have been written."""
+    environment = {**os.environ, "JOINT_OUTPUT": str(folder), "PYTHONPATH": str(params.ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, text=True)
+    if kill_after is not None:
+        seen, limit = set(), time.monotonic() + 120
+        while len(seen) < kill_after and process.poll() is None and time.monotonic() < limit:
+            for file in (folder / "work" / "checkpoints").glob("*"):
+                try:
+                    seen.add((file.name, file.stat().st_mtime_ns))
+                except FileNotFoundError:
+                    pass
+            time.sleep(0.005)
+        assert process.poll() is None, "the script ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == (-signal.SIGKILL if kill_after is not None else 0), errors
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    for name in ("whole", "killed"):
+        monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / name))
+        made_up_cohort().save(training.cohort_file(params.load("strong")))
+    run_script(tmp_path / "whole")
+    for checkpoints in (2, 5, 3):
+        run_script(tmp_path / "killed", checkpoints)
+    run_script(tmp_path / "killed")
+    models = [sorted((tmp_path / name / "work" / "models").rglob("*.pt")) for name in ("whole", "killed")]
+    assert len(models[0]) == 4 and [f.name for f in models[0]] == [f.name for f in models[1]]
+    assert [f.read_bytes() for f in models[0]] == [f.read_bytes() for f in models[1]]
+
+
+def test_a_checkpoint_of_other_work_is_not_resumed(tmp_path):
+    training.save_atomically({"fingerprint": "a", "step": 3}, tmp_path / "c.pt")
+    cpu = torch.device("cpu")
+    assert training.resume(tmp_path / "c.pt", "a", cpu)["step"] == 3
+    assert training.resume(tmp_path / "c.pt", "b", cpu) is None
+    whole = (tmp_path / "c.pt").read_bytes()
+    (tmp_path / "c.pt").write_bytes(whole[: len(whole) // 2])
+    assert training.resume(tmp_path / "c.pt", "a", cpu) is None
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        training.load_saved(tmp_path / "c.pt", cpu)
+    with pytest.raises(FileNotFoundError, match="run the notebook"):
+        training.load_saved(tmp_path / "gone.pt", cpu)
+
+
+def test_settings_data_and_seed_are_in_the_fingerprint(setup):
+    settings = params.load("strong")
+    settings["seed"] += 1
+    assert training.Setup(settings).origin != setup.origin
+    assert training.Setup(params.load("paper")).origin != setup.origin
+    cohort = made_up_cohort()
+    cohort.images[0, 0, 0] += 0.1
+    cohort.save(training.cohort_file(settings))
+    assert training.Setup(setup.settings).origin != setup.origin
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_message(setup):
+    network = torch.nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        training.fit(network, lambda generator: {"loss": network.weight.sum() * math.nan}, steps=20, peak=0.1,
+                     schedule="constant", weight_decay=0, generator=torch.Generator(), key="nan", label="made up")
+
+
+def test_the_one_cycle_schedule_rises_and_falls():
+    rates = [training.learning_rate("one_cycle", 1.0, step, 100) for step in range(100)]
+    assert np.argmax(rates) in (9, 10) and max(rates) == pytest.approx(1)
+    assert rates[0] < 0.05 and rates[-1] < 0.01
+    assert training.learning_rate("constant", 0.3, 50, 100) == 0.3
+    with pytest.raises(ValueError, match="constant, one_cycle"):
+        training.learning_rate("steps", 1.0, 0, 10)
+
+
+def test_batches_repeat_no_image_while_there_are_enough():
+    generator = torch.Generator().manual_seed(0)
+    assert len(set(training.draw_indices(9, 5, generator).tolist())) == 5
+    assert sorted(training.draw_indices(3, 5, generator).tolist())[0] == 0
+    assert len(training.draw_indices(3, 5, generator)) == 5
+
+
+def test_the_best_round_is_the_best_on_validation_images_alone():
+    columns = ["round", "split", "dsc_segmentation", "dsc_registration", "dsc_pseudo_masks"]
+    measured = pd.DataFrame(
+        [(0, "validation", 0.9, 0.5, 0.7), (0, "unlabelled", 0.1, 0.1, 0.1),
+         (1, "validation", 0.8, 0.6, 0.7), (1, "unlabelled", 0.99, 0.99, 0.99)], columns=columns)
+    assert training.best_rounds(measured) == {"joint": 0, "registration": 1, "combined": 0}
