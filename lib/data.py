@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from zipfile import BadZipFile
 
 import nibabel as nib
 import numpy as np
@@ -65,7 +66,7 @@ def load_cohort(file):
     try:
         with np.load(file) as archive:
             values = {field.name: archive[field.name] for field in fields(Cohort)}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise DataError(f"{file} is not a cohort file ({error}): delete it and run notebooks/01_data.ipynb") from error
     for name in ("name", "title", "symmetric", "pixel_mm"):
         values[name] = values[name].item()

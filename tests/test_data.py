@@ -19,6 +19,7 @@ def write_case(folder, name, image=None, mask=None, affine=None, mask_affine=Non
         mask = np.zeros((30, 40, 24), np.uint8)
         mask[10:20, 5:20, 6:18] = 1
         mask[10:20, 20:33, 6:18] = 2
+        mask[14, 4, 6] = 1  # makes slice 14 the largest
     affine = np.eye(4) if affine is None else affine
     for part, array, at in (("imagesTr", np.float32(image), affine),
                             ("labelsTr", mask, affine if mask_affine is None else mask_affine)):
@@ -38,7 +39,7 @@ def test_hippocampus_slices_masks_subjects_and_split(task):
     assert cohort.images.shape == (24, 64, 64) and cohort.images.dtype == np.float32
     assert cohort.images.min() == 0 and cohort.images.max() == 1
     assert set(np.unique(cohort.labels)) == {0, 1} and cohort.classes == ("hippocampus",)
-    assert cohort.labels.sum(axis=(1, 2)).tolist() == [28 * 12] * 24
+    assert cohort.labels.sum(axis=(1, 2)).tolist() == [336, 337, 336] * 8
     data.check_split(cohort.subjects, cohort.split)
 
 
