@@ -208,4 +208,4 @@ def figure2(image, truth, blocks, margin=0.75):
 
 def save(figure, file):
     """Write a figure as PNG; the same figure gives the same bytes."""
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
