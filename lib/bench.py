@@ -6,7 +6,6 @@ The real training steps are timed, on made-up images; writes results/bench.json.
 
 import json
 import time
-from types import SimpleNamespace
 
 import torch
 
@@ -47,78 +46,93 @@ def seconds(work, device, repeats=REPEATS):
     return sorted(times[1:])[repeats // 2]
 
 
-def measure(numerics, settings):
-    """Losses of the first step and seconds per image (or pair) of training and pseudo-masks."""
-    generator = torch.Generator().manual_seed(0)
-    smooth = torch.nn.functional.interpolate(
-        torch.rand(2 * BATCH, 1, 12, 12, generator=generator), size=(SIDE, SIDE), mode="bicubic"
-    ).clamp(0, 1)
-    images, masks = numerics.tensor(smooth), numerics.tensor((smooth > 0.6).float())
-    source, target = images[:BATCH], images[BATCH:]
-    torch.manual_seed(0)
-    segmentation, registration = numerics.place(ResidualUNet()), numerics.place(MrRegNet())
+class Work:
+    """The real training losses and pseudo-masks of both networks, on smooth made-up images."""
 
-    def segmentation_loss():
-        with numerics.autocast():
-            prediction = segmentation.segment(source)
-        return soft_dice_loss(prediction, masks[:BATCH])
+    def __init__(self, numerics, settings):
+        self.numerics, self.settings = numerics, settings
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(2 * BATCH, 1, 12, 12, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
+        self.images, self.masks = numerics.tensor(smooth), numerics.tensor((smooth > 0.6).float())
+        torch.manual_seed(0)
+        self.segmentation, self.registration = numerics.place(ResidualUNet()), numerics.place(MrRegNet())
 
-    def registration_objective():
-        with numerics.autocast():
-            levels = registration(source, target)
-        guides = masks[:BATCH], masks[BATCH:]
-        return registration_loss(levels, source, target, settings.registration.smoothness, *guides).total
+    def segmentation_loss(self):
+        with self.numerics.autocast():
+            prediction = self.segmentation.segment(self.images[:BATCH])
+        return soft_dice_loss(prediction, self.masks[:BATCH])
 
-    found = {}
-    for name, network, loss in (
-        ("seg", segmentation, segmentation_loss), ("reg", registration, registration_objective)
-    ):
-        optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    def registration_loss(self):
+        source, target = self.images[:BATCH], self.images[BATCH:]
+        with self.numerics.autocast():
+            levels = self.registration(source, target)
+        guides = self.masks[:BATCH], self.masks[BATCH:]
+        return registration_loss(levels, source, target, self.settings.registration.smoothness, *guides).total
 
-        def step():
-            optimiser.zero_grad(set_to_none=True)
-            loss().backward()
-            optimiser.step()
+    def pseudo_masks(self):
+        draws = torch.Generator(self.numerics.device).manual_seed(0)
+        networks = self.segmentation, self.registration
+        generate(networks, self.images[:BATCH], self.images, self.masks, self.settings.pseudo_masks, True, draws,
+                 self.numerics)
 
-        with torch.no_grad():
-            found[f"{name}_loss"] = float(loss())
-        found[f"{name}_train"] = seconds(step, numerics.device) / BATCH
-    quiet = SimpleNamespace(**settings.pseudo_masks)
-    draws = torch.Generator(numerics.device).manual_seed(0)
-    work = lambda: generate((segmentation, registration), source, images, masks, quiet, True, draws, numerics)
-    found["pseudo_mask"] = seconds(work, numerics.device, 3) / BATCH
-    return found
+    @torch.no_grad()
+    def losses(self):
+        """Both losses before any training."""
+        return {"seg": float(self.segmentation_loss()), "reg": float(self.registration_loss())}
+
+    def times(self):
+        """Seconds per image (or pair) of a training step and of soft pseudo-masks."""
+
+        def training(network, loss):
+            optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+
+            def step():
+                optimiser.zero_grad(set_to_none=True)
+                loss().backward()
+                optimiser.step()
+
+            return seconds(step, self.numerics.device) / BATCH
+
+        return {
+            "seg_train": training(self.segmentation, self.segmentation_loss),
+            "reg_train": training(self.registration, self.registration_loss),
+            "pseudo_mask": seconds(self.pseudo_masks, self.numerics.device, 3) / BATCH,
+        }
+
+
+LABELS = {
+    "seg_train": "U-Net, training", "reg_train": "MrRegNet, training", "pseudo_mask": "soft pseudo-mask (2N = 10)",
+}
 
 
 def main():
     settings = load()
     device = best_device(settings.device)
-    plain = measure(Plain(device), settings)  # first: Numerics changes the allocator for good
+    reference = Work(Plain(device), settings)
+    float32_losses, plain = reference.losses(), reference.times()  # first: Numerics changes the allocator for good
     numerics = Numerics(settings.device, settings.precision)
-    ours = measure(numerics, settings)
-    reduced = numerics.precision if numerics.precision == "bfloat16" else "bfloat16, emulated"
-    checked = Numerics(settings.device, "bfloat16")
-    with_bfloat16 = ours if numerics.precision == "bfloat16" else measure_losses(checked, settings)
+    ours = Work(numerics, settings).times()
+    bfloat16_losses = Work(Numerics(settings.device, "bfloat16"), settings).losses()
     table = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "precision": numerics.precision, "side": SIDE, "batch": BATCH,
     }
     print(f"{table['device']}, {table['threads']} threads, {SIDE} x {SIDE}, batch {BATCH}, {numerics.precision}\n")
     print(f"{'seconds per image or pair':28}{'plain':>10}{'here':>10}{'speed-up':>10}")
-    for name, label in (("seg_train", "U-Net, training"), ("reg_train", "MrRegNet, training"),
-                        ("pseudo_mask", "soft pseudo-mask (2N = 10)")):
+    for name, label in LABELS.items():
         table |= {f"{name}_seconds_plain": plain[name], f"{name}_seconds": ours[name],
                   f"{name}_speedup": plain[name] / ours[name]}
         print(f"{label:28}{plain[name]:10.4f}{ours[name]:10.4f}{plain[name] / ours[name]:10.2f}")
-    for name in ("seg", "reg"):
-        difference = abs(with_bfloat16[f"{name}_loss"] / plain[f"{name}_loss"] - 1)
-        table[f"{name}_loss_difference"] = difference
-        print(f"{name} loss, {reduced} against float32: {100 * difference:.2f} % apart")
+    for name, loss in float32_losses.items():
+        difference = table[f"{name}_loss_difference"] = abs(bfloat16_losses[name] / loss - 1)
+        print(f"{name} loss in bfloat16 and in float32: {100 * difference:.3f} % apart")
         if difference > 0.02:
             raise SystemExit(f"the {name} loss differs by more than 2 %")
     file = output_root() / "results" / "bench.json"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in table.items()}, indent=1) + "\n")
+    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in table.items()}
+    file.write_text(json.dumps(rounded, indent=1) + "\n")
     print(f"written to {file}")
 
 

@@ -8,6 +8,7 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
 
 from lib.data import to_labels
+from lib.experiment import best_rounds, load_measured, load_round
 from lib.params import RECIPES
 
 METHODS = ("fs", "registration", "joint", "combined")
@@ -80,7 +81,7 @@ def score(prediction, truth, classes):
     return pd.DataFrame({"image": images, "class": list(classes) * len(truth), **rows})
 
 
-def evaluate(setup, split):
+def evaluate(experiment, split):
     """All methods of one recipe on the test images (or those of another anatomy).
 
     fs is the pre-trained segmentation network, joint the segmentation network alone, registration the mean of
@@ -88,22 +89,20 @@ def evaluate(setup, split):
     on the validation images. Test images choose nothing.
 
     Args:
-        setup: lib.training.Setup.
+        experiment: lib.experiment.Experiment.
         split: ``test`` or ``unseen``.
 
     Returns:
         pandas.DataFrame, one row per image, method and class; empty where the cohort has no such split.
     """
-    from lib import training
-
-    cohort, data, settings = setup.cohort, setup.data, setup.settings
+    cohort, data, settings = experiment.cohort, experiment.data, experiment.settings
     index = cohort.index(split)
     if len(index) == 0:
         return pd.DataFrame()
     images, truth = data.images[index], data.masks[index]
-    rounds = {"fs": 0, **training.best_rounds(training.load_measured(setup))}
+    rounds = {"fs": 0, **best_rounds(load_measured(experiment))}
     masks = {
-        number: setup.generate(training.load_round(setup, number)[0], images, f"{split}, round {number}",
+        number: experiment.generate(load_round(experiment, number)[0], images, f"{split}, round {number}",
                                "test", split, number)
         for number in sorted(set(rounds.values()))
     }
@@ -124,18 +123,16 @@ def evaluate(setup, split):
     return frame.assign(**head)[[*head, *frame.columns]]
 
 
-def rounds(setups):
+def rounds(experiments):
     """rounds.csv: what was measured after every joint round, of every recipe; ``best_for`` names the methods that
     are tested with that round."""
-    from lib import training
-
     frames = []
-    for setup in setups:
-        measured = training.load_measured(setup)
-        best = training.best_rounds(measured)
+    for experiment in experiments:
+        measured = load_measured(experiment)
+        best = best_rounds(measured)
         named = measured["round"].map(lambda number: " ".join(m for m, chosen in best.items() if chosen == number))
-        settings = setup.settings
-        head = {"cohort": setup.cohort.title, "recipe": settings.recipe, "rate": settings.rate, "seed": settings.seed}
+        settings = experiment.settings
+        head = {"cohort": experiment.cohort.title, "recipe": settings.recipe, "rate": settings.rate, "seed": settings.seed}
         frames.append(measured.assign(best_for=named, **head)[[*head, *measured.columns, "best_for"]])
     return pd.concat(frames, ignore_index=True)
 

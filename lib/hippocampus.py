@@ -1,7 +1,5 @@
 """The hippocampus cohort: real T1 MRI of the Medical Segmentation Decathlon, Task04 (CC-BY-SA 4.0)."""
 
-from pathlib import Path
-
 import numpy as np
 from monai.apps.utils import download_and_extract
 from tqdm import tqdm
@@ -81,7 +79,7 @@ def build(settings, seed):
             subjects.append(name)
     labels = np.stack(labels)
     binary = settings.classes == "binary"
-    cohort = Cohort(
+    return Cohort(
         name="hippocampus",
         title="hippocampus",
         images=np.stack(images),
@@ -92,4 +90,3 @@ def build(settings, seed):
         symmetric=settings.symmetric,
         pixel_mm=1.0,
     )
-    return cohort

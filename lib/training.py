@@ -3,120 +3,23 @@
 import copy
 import hashlib
 import math
-import os
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from lib import evaluation, pseudo_masks
 from lib.augment import augment
-from lib.compute import Numerics
-from lib.data import Tensors, load_cohort
+from lib.evaluation import dice
+from lib.experiment import load_pretrained, resume, save_atomically
 from lib.losses import registration_loss, soft_dice_loss
-from lib.models import MrRegNet, ResidualUNet, pad_to_multiple
+from lib.models import pad_to_multiple
 from lib.params import fingerprint, work_folder
+from lib.pseudo_masks import mean_confidence
 
 CHECKPOINT_SECONDS = 20
 HOST_STEPS = 10  # steps between two looks at the loss, each of which waits for the GPU
-NUMERIC_MODULES = ("augment", "compute", "losses", "models", "pseudo_masks", "training", "warping")
-
-
-class Setup:
-    """What a stage of one recipe works on: settings, device, the cohort on it, and networks as they start.
-
-    Attributes:
-        settings: as params.load gives them.
-        numerics: lib.compute.Numerics.
-        cohort: lib.data.Cohort.
-        data: lib.data.Tensors.
-        origin: fingerprint of cohort file, draws, precision and code, part of every checkpoint's own.
-    """
-
-    def __init__(self, settings):
-        self.settings = settings
-        self.numerics = Numerics(settings.device, settings.precision)
-        file = cohort_file(settings)
-        self.cohort = load_cohort(file)
-        self.data = Tensors(self.cohort, settings, self.numerics)
-        here = Path(__file__).parent
-        self.origin = fingerprint(
-            hashlib.sha256(file.read_bytes()).hexdigest(),
-            [hashlib.sha256((here / f"{name}.py").read_bytes()).hexdigest() for name in NUMERIC_MODULES],
-            [settings[key] for key in ("cohort", "rate", "seed", "recipe", "augmentation", "pseudo_masks")],
-            [str(self.numerics.device), self.numerics.precision, torch.__version__],
-        )
-
-    def segmentation_network(self):
-        """A ResidualUNet with the seed's initial weights, on the device."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.settings.seed)
-            network = ResidualUNet(len(self.cohort.classes), self.settings.segmentation.normalisation)
-        return self.numerics.place(network)
-
-    def registration_network(self):
-        """A MrRegNet with the seed's initial weights, on the device."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.settings.seed)
-            network = MrRegNet(self.settings.registration.normalisation)
-        return self.numerics.place(network)
-
-    def model_file(self, stage, number=None):
-        """Where the weights of a stage (of joint round ``number``) lie."""
-        name = f"{stage}.pt" if number is None else f"{stage}/round_{number:02d}.pt"
-        return work_folder("models", self.settings.cohort, self.settings.recipe, name)
-
-    def generate(self, networks, images, label, *names):
-        """Pseudo-masks of ``images`` by ``networks`` from the labelled images; draws are seeded by ``names``."""
-        data = self.data
-        return pseudo_masks.generate(
-            networks, images, data.images[data.labelled], data.masks[data.labelled], self.settings.pseudo_masks,
-            data.symmetric, self.numerics.generator(self.settings.seed, *names), self.numerics, label,
-        )
-
-
-def cohort_file(settings):
-    """Where notebooks/01_data.ipynb writes the cohort."""
-    return work_folder("cohort", f"{settings.cohort}.npz")
-
-
-def save_atomically(contents, file):
-    """torch.save that leaves either the old file or the whole new one, even after a power cut."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    with open(partial, "wb") as stream:
-        torch.save(contents, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-
-
-def load_saved(file, device):
-    """What ``save_atomically`` wrote; nothing is unpickled but tensors and plain values.
-
-    Raises:
-        FileNotFoundError, ValueError: the file is missing or is not one of ours; the message says what to do.
-    """
-    file = Path(file)
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing: run the notebook of the stage before this one, or `dvc repro`")
-    try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # zip, pickle and tensor errors all mean a file that is not whole or not ours
-        raise ValueError(f"{file} cannot be loaded ({error}): delete it and run its stage again") from error
-
-
-def resume(file, key, device):
-    """The checkpoint in ``file`` if it belongs to the work that ``key`` fingerprints, else None."""
-    try:
-        saved = load_saved(file, device)
-    except (FileNotFoundError, ValueError):
-        return None
-    return saved if saved.get("fingerprint") == key else None
 
 
 def learning_rate(schedule, peak, step, steps):
@@ -230,11 +133,11 @@ def weights_digest(network):
     return digest.hexdigest()
 
 
-def train_segmentation(setup, network, images, masks, *, epochs, peak, label, names):
+def train_segmentation(experiment, network, images, masks, *, epochs, peak, label, names):
     """Minimise the soft Dice loss, eq. (1), of ``network`` on images and (soft) masks.
 
     Args:
-        setup: Setup.
+        experiment: Experiment.
         network: ResidualUNet, trained in place.
         images, masks: ``(n, 1, height, width)`` and ``(n, classes, height, width)`` on the device.
         epochs: passes over the images.
@@ -245,7 +148,7 @@ def train_segmentation(setup, network, images, masks, *, epochs, peak, label, na
     Returns:
         History, see fit. The network ends with the weights that were best on the validation images.
     """
-    settings, numerics, data = setup.settings, setup.numerics, setup.data
+    settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
     options = settings.segmentation
 
     def batch_loss(generator):
@@ -258,16 +161,16 @@ def train_segmentation(setup, network, images, masks, *, epochs, peak, label, na
         return {"loss": soft_dice_loss(prediction, target)}
 
     steps = steps_of(epochs, len(images), options.batch)
-    key = fingerprint(setup.origin, "segmentation", options, names, steps, peak, weights_digest(network),
+    key = fingerprint(experiment.origin, "segmentation", options, names, steps, peak, weights_digest(network),
                       float(masks.double().sum()))
     return fit(
         network, batch_loss, steps=steps, peak=peak, schedule=options.schedule, weight_decay=options.weight_decay,
         generator=numerics.generator(settings.seed, *names), key=key, label=label,
-        validate=lambda trained: validation_dice(setup, trained),
+        validate=lambda trained: validation_dice(experiment, trained),
     )
 
 
-def train_registration(setup, network, images, masks, *, epochs, peak, label, names):
+def train_registration(experiment, network, images, masks, *, epochs, peak, label, names):
     """Minimise the registration objective, eq. (3), of ``network`` on random pairs of images.
 
     Args:
@@ -277,7 +180,7 @@ def train_registration(setup, network, images, masks, *, epochs, peak, label, na
     Returns:
         History, see fit. The network ends with the weights of the last step.
     """
-    settings, numerics, data = setup.settings, setup.numerics, setup.data
+    settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
     options = settings.registration
 
     def batch_loss(generator):
@@ -286,7 +189,8 @@ def train_registration(setup, network, images, masks, *, epochs, peak, label, na
         guides = masks[index] if masks is not None else images[index, :0]
         if options.augmentation == "strong":
             batch, guides = augment(batch, guides, generator, settings.augmentation, data.symmetric)
-        batch, guides = pad_to_multiple(batch)[0], pad_to_multiple(guides)[0]
+        (both,) = pad_to_multiple(torch.cat((batch, guides), 1))
+        batch, guides = both[:, :1], both[:, 1:]
         half = options.batch
         with numerics.autocast():
             levels = network(batch[:half], batch[half:])
@@ -296,7 +200,7 @@ def train_registration(setup, network, images, masks, *, epochs, peak, label, na
         return named if masks is None else {**named, "dice": losses.dice}
 
     steps = steps_of(epochs, len(images), options.batch)
-    key = fingerprint(setup.origin, "registration", options, names, steps, peak, weights_digest(network),
+    key = fingerprint(experiment.origin, "registration", options, names, steps, peak, weights_digest(network),
                       None if masks is None else float(masks.double().sum()))
     return fit(
         network, batch_loss, steps=steps, peak=peak, schedule=options.schedule, weight_decay=options.weight_decay,
@@ -305,70 +209,47 @@ def train_registration(setup, network, images, masks, *, epochs, peak, label, na
 
 
 @torch.no_grad()
-def validation_dice(setup, network):
+def validation_dice(experiment, network):
     """Mean DSC of the segmentation network on the validation images."""
     network.eval()
-    data, masks = setup.data, []
+    data, masks = experiment.data, []
     images = data.images[data.validation]
-    for batch in images.split(setup.numerics.batch(images)):
-        with setup.numerics.autocast():
+    for batch in images.split(experiment.numerics.batch(images)):
+        with experiment.numerics.autocast():
             masks.append(network.segment(batch))
-    return float(evaluation.dice(torch.cat(masks), data.masks[data.validation]).mean())
+    return float(dice(torch.cat(masks), data.masks[data.validation]).mean())
 
 
-def pretrain_segmentation(setup):
+def pretrain_segmentation(experiment):
     """Iteration 0 of the segmentation network: the labelled images alone (P1, section 2.1). Also the FS baseline.
 
     Returns:
         (ResidualUNet, history). The weights are saved under work/models.
     """
-    options, data = setup.settings.segmentation, setup.data
-    network = setup.segmentation_network()
+    options, data = experiment.settings.segmentation, experiment.data
+    network = experiment.segmentation_network()
     history = train_segmentation(
-        setup, network, data.images[data.labelled], data.masks[data.labelled], epochs=options.epochs,
+        experiment, network, data.images[data.labelled], data.masks[data.labelled], epochs=options.epochs,
         peak=options.learning_rate, label="segmentation", names=("segmentation", "pretraining"),
     )
-    save_atomically({"network": network.state_dict()}, setup.model_file("segmentation"))
+    save_atomically({"network": network.state_dict()}, experiment.model_file("segmentation"))
     return network, history
 
 
-def pretrain_registration(setup):
+def pretrain_registration(experiment):
     """Iteration 0 of the registration network: random pairs of all training images, no masks (P1, section 2.1).
 
     Returns:
         (MrRegNet, history). The weights are saved under work/models.
     """
-    options, data = setup.settings.registration, setup.data
-    network = setup.registration_network()
+    options, data = experiment.settings.registration, experiment.data
+    network = experiment.registration_network()
     history = train_registration(
-        setup, network, data.images[data.train], None, epochs=options.epochs, peak=options.learning_rate,
+        experiment, network, data.images[data.train], None, epochs=options.epochs, peak=options.learning_rate,
         label="registration", names=("registration", "pretraining"),
     )
-    save_atomically({"network": network.state_dict()}, setup.model_file("registration"))
+    save_atomically({"network": network.state_dict()}, experiment.model_file("registration"))
     return network, history
-
-
-def load_pretrained(setup):
-    """The networks that the two pre-trainings saved: (ResidualUNet, MrRegNet)."""
-    networks = setup.segmentation_network(), setup.registration_network()
-    for network, stage in zip(networks, ("segmentation", "registration")):
-        network.load_state_dict(load_saved(setup.model_file(stage), setup.numerics.device)["network"])
-    return networks
-
-
-def load_round(setup, number):
-    """Both networks after joint round ``number`` (0: before the first), and what was measured of them."""
-    saved = load_saved(setup.model_file("joint", number), setup.numerics.device)
-    networks = setup.segmentation_network(), setup.registration_network()
-    for network, stage in zip(networks, ("segmentation", "registration")):
-        network.load_state_dict(saved[stage])
-    return networks, saved["measured"]
-
-
-def load_measured(setup):
-    """What was measured in all joint rounds, one row per round and split."""
-    numbers = range(setup.settings.joint.rounds + 1)
-    return pd.DataFrame([row for number in numbers for row in load_round(setup, number)[1]])
 
 
 class Rounds(NamedTuple):
@@ -384,15 +265,15 @@ def measure(masks, truth, split, number):
         "round": number,
         "split": split,
         "n": len(truth),
-        "dsc_segmentation": float(evaluation.dice(masks.plain, truth).mean()),
-        "dsc_registration": float(evaluation.dice(masks.registration, truth).mean()),
-        "dsc_pseudo_masks": float(evaluation.dice(masks.soft, truth).mean()),
-        "mean_confidence": float(pseudo_masks.mean_confidence(masks.soft).mean()),
+        "dsc_segmentation": float(dice(masks.plain, truth).mean()),
+        "dsc_registration": float(dice(masks.registration, truth).mean()),
+        "dsc_pseudo_masks": float(dice(masks.soft, truth).mean()),
+        "mean_confidence": float(mean_confidence(masks.soft).mean()),
         "folding": float(masks.folding.mean()),
     }
 
 
-def joint_rounds(setup):
+def joint_rounds(experiment):
     """The joint rounds (P1, section 2.1): soft pseudo-masks, then both networks continue on them, again and again.
 
     In every round both networks give soft pseudo-masks to the unlabelled images; the segmentation network
@@ -403,16 +284,16 @@ def joint_rounds(setup):
     Returns:
         Rounds. True masks of unlabelled images are used for its columns alone, never for training or choosing.
     """
-    settings, data = setup.settings, setup.data
+    settings, data = experiment.settings, experiment.data
     options = settings.joint
-    networks = load_pretrained(setup)
+    networks = load_pretrained(experiment)
     images = torch.cat((data.images[data.labelled], data.images[data.unlabelled]))
     truth = {"validation": data.masks[data.validation], "unlabelled": data.masks[data.unlabelled]}
     rows, histories = [], []
     for number in range(options.rounds + 1):
-        soft = setup.generate(networks, data.images[data.unlabelled], f"round {number}: pseudo-masks",
+        soft = experiment.generate(networks, data.images[data.unlabelled], f"round {number}: pseudo-masks",
                               "joint", "unlabelled", number)
-        seen = setup.generate(networks, data.images[data.validation], f"round {number}: validation",
+        seen = experiment.generate(networks, data.images[data.validation], f"round {number}: validation",
                               "joint", "validation", number)
         measured = [measure(masks, truth[split], split, number)
                     for split, masks in (("validation", seen), ("unlabelled", soft))]
@@ -421,7 +302,7 @@ def joint_rounds(setup):
         save_atomically(
             {"segmentation": segmentation.state_dict(), "registration": registration.state_dict(),
              "measured": measured},
-            setup.model_file("joint", number),
+            experiment.model_file("joint", number),
         )
         if number == options.rounds:
             break
@@ -432,21 +313,7 @@ def joint_rounds(setup):
             (train_registration, registration, options.registration_epochs, options.registration_learning_rate),
         ):
             name = train.__name__.removeprefix("train_")
-            history = train(setup, network, images, masks, epochs=epochs, peak=peak,
+            history = train(experiment, network, images, masks, epochs=epochs, peak=peak,
                             label=f"round {after}: {name}", names=("joint", name, after))
             histories.append(history.assign(round=after, network=name))
     return Rounds(pd.DataFrame(rows), pd.concat(histories, ignore_index=True))
-
-
-def best_rounds(measured):
-    """The round that each method is tested with: the best on the validation images for that method.
-
-    Args:
-        measured: Rounds.measured.
-
-    Returns:
-        Dictionary of method (joint, registration, combined) to round; the earlier round where two are equal.
-    """
-    validation = measured[measured["split"] == "validation"].set_index("round")
-    columns = {"joint": "dsc_segmentation", "registration": "dsc_registration", "combined": "dsc_pseudo_masks"}
-    return {method: int(validation[column].idxmax()) for method, column in columns.items()}

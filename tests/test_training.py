@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import data, params, training
+from lib import data, evaluation, experiment, params, training
 
 
-def made_up_cohort(slices=30, side=32):
-    """Bright ellipses that the masks cover, two slices a subject."""
+def made_up_cohort(slices=30, side=32, classes=("ellipse",)):
+    """Bright ellipses that the masks cover, two slices a subject; a second class is their right half."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:side, :side]
     images, labels = [], []
@@ -22,68 +22,84 @@ def made_up_cohort(slices=30, side=32):
         centre, radius = rng.uniform(12, 20, 2), rng.uniform(5, 8, 2)
         inside = ((rows - centre[0]) / radius[0]) ** 2 + ((columns - centre[1]) / radius[1]) ** 2 < 1
         images.append(data.min_max(inside + 0.2 * rng.standard_normal((side, side))))
-        labels.append(inside.astype(np.uint8))
+        right = inside & (columns > centre[1]) & (len(classes) == 2)
+        labels.append(inside.astype(np.uint8) + right)
     subjects = np.repeat([f"s{k:02d}" for k in range(slices // 2)], 2)
     return data.Cohort(
         "midbrain", "made up", np.stack(images), np.stack(labels), subjects,
-        data.split_by_subject(subjects, {"train": 20, "validation": 4, "test": 6}, 1), ("ellipse",), True, 1.0,
+        data.split_by_subject(subjects, {"train": 20, "validation": 4, "test": 6}, 1), classes, True, 1.0,
     )
 
 
 @pytest.fixture
-def setup(tmp_path, monkeypatch):
+def trial(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
     settings = params.load("strong")
-    made_up_cohort().save(training.cohort_file(settings))
-    return training.Setup(settings)
+    made_up_cohort().save(experiment.cohort_file(settings))
+    return experiment.Experiment(settings)
 
 
 def same_weights(first, second):
     return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
 
 
-def test_the_same_seed_gives_the_same_numbers(setup, tmp_path, monkeypatch):
-    network, history = training.pretrain_segmentation(setup)
+def test_the_same_seed_gives_the_same_numbers(trial, tmp_path, monkeypatch):
+    network, history = training.pretrain_segmentation(trial)
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / "again"))
-    made_up_cohort().save(training.cohort_file(setup.settings))
-    again, history_again = training.pretrain_segmentation(training.Setup(setup.settings))
+    made_up_cohort().save(experiment.cohort_file(trial.settings))
+    again, history_again = training.pretrain_segmentation(experiment.Experiment(trial.settings))
     assert same_weights(network, again)
     pd.testing.assert_frame_equal(history, history_again)
 
 
 @pytest.mark.parametrize("recipe", params.RECIPES)
-def test_segmentation_learns_ellipses(setup, recipe):
+def test_segmentation_learns_ellipses(trial, recipe):
     settings = params.load(recipe)
     settings.segmentation["epochs"] = 120
     settings.segmentation["learning_rate"] = 0.003
-    setup = training.Setup(settings)
-    network, history = training.pretrain_segmentation(setup)
+    trial = experiment.Experiment(settings)
+    network, history = training.pretrain_segmentation(trial)
     assert history["validation"].max() > 0.8
-    assert training.validation_dice(setup, network) == pytest.approx(history["validation"].max())
+    assert training.validation_dice(trial, network) == pytest.approx(history["validation"].max())
 
 
-def test_joint_rounds_measure_save_and_resume(setup):
-    training.pretrain_segmentation(setup)
-    training.pretrain_registration(setup)
-    rounds = training.joint_rounds(setup)
+def test_joint_rounds_measure_save_and_resume(trial):
+    training.pretrain_segmentation(trial)
+    training.pretrain_registration(trial)
+    rounds = training.joint_rounds(trial)
     assert rounds.measured["round"].tolist() == [0, 0, 1, 1]
     assert rounds.measured["split"].tolist() == ["validation", "unlabelled"] * 2
-    (segmentation, _), _ = training.load_round(setup, 0)
-    assert same_weights(segmentation, training.load_pretrained(setup)[0])
-    again = training.joint_rounds(setup)  # everything is there already: same numbers
+    (segmentation, _), _ = experiment.load_round(trial, 0)
+    assert same_weights(segmentation, experiment.load_pretrained(trial)[0])
+    again = training.joint_rounds(trial)  # everything is there already: same numbers
     pd.testing.assert_frame_equal(rounds.measured, again.measured)
     pd.testing.assert_frame_equal(rounds.history, again.history)
 
 
+def test_several_classes_from_training_to_table(trial):
+    made_up_cohort(side=36, classes=("left", "right")).save(experiment.cohort_file(trial.settings))
+    trial = experiment.Experiment(trial.settings)  # 36 pixels: not a multiple of 16
+    training.pretrain_segmentation(trial)
+    training.pretrain_registration(trial)
+    training.joint_rounds(trial)
+    per_image = evaluation.evaluate(trial, "test")
+    assert set(per_image["class"]) == {"left", "right"} and set(per_image["method"]) == set(evaluation.METHODS)
+    table = evaluation.table(per_image)
+    assert table["class"].tolist() == ["mean"] * 4 + ["left", "right"] * 4
+    assert table["n_test"].unique().tolist() == [len(trial.cohort.index("test"))]
+    assert evaluation.evaluate(trial, "unseen").empty
+    assert set(" ".join(evaluation.rounds([trial])["best_for"]).split()) == {"joint", "registration", "combined"}
+
+
 SCRIPT = """
 import sys
-from lib import params, training
+from lib import experiment, params, training
 training.CHECKPOINT_SECONDS = 0
-setup = training.Setup(params.load("strong"))
-setup.settings.segmentation["epochs"] = 80
-training.pretrain_segmentation(setup)
-training.pretrain_registration(setup)
-training.joint_rounds(setup)
+trial = experiment.Experiment(params.load("strong"))
+trial.settings.segmentation["epochs"] = 80
+training.pretrain_segmentation(trial)
+training.pretrain_registration(trial)
+training.joint_rounds(trial)
 """
 
 
@@ -109,7 +125,7 @@ def run_script(folder, kill_after=None):
 def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
     for name in ("whole", "killed"):
         monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / name))
-        made_up_cohort().save(training.cohort_file(params.load("strong")))
+        made_up_cohort().save(experiment.cohort_file(params.load("strong")))
     run_script(tmp_path / "whole")
     for checkpoints in (2, 5, 3):
         run_script(tmp_path / "killed", checkpoints)
@@ -120,31 +136,31 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch
 
 
 def test_a_checkpoint_of_other_work_is_not_resumed(tmp_path):
-    training.save_atomically({"fingerprint": "a", "step": 3}, tmp_path / "c.pt")
+    experiment.save_atomically({"fingerprint": "a", "step": 3}, tmp_path / "c.pt")
     cpu = torch.device("cpu")
-    assert training.resume(tmp_path / "c.pt", "a", cpu)["step"] == 3
-    assert training.resume(tmp_path / "c.pt", "b", cpu) is None
+    assert experiment.resume(tmp_path / "c.pt", "a", cpu)["step"] == 3
+    assert experiment.resume(tmp_path / "c.pt", "b", cpu) is None
     whole = (tmp_path / "c.pt").read_bytes()
     (tmp_path / "c.pt").write_bytes(whole[: len(whole) // 2])
-    assert training.resume(tmp_path / "c.pt", "a", cpu) is None
+    assert experiment.resume(tmp_path / "c.pt", "a", cpu) is None
     with pytest.raises(ValueError, match="cannot be loaded"):
-        training.load_saved(tmp_path / "c.pt", cpu)
+        experiment.load_saved(tmp_path / "c.pt", cpu)
     with pytest.raises(FileNotFoundError, match="run the notebook"):
-        training.load_saved(tmp_path / "gone.pt", cpu)
+        experiment.load_saved(tmp_path / "gone.pt", cpu)
 
 
-def test_settings_data_and_seed_are_in_the_fingerprint(setup):
+def test_settings_data_and_seed_are_in_the_fingerprint(trial):
     settings = params.load("strong")
     settings["seed"] += 1
-    assert training.Setup(settings).origin != setup.origin
-    assert training.Setup(params.load("paper")).origin != setup.origin
+    assert experiment.Experiment(settings).origin != trial.origin
+    assert experiment.Experiment(params.load("paper")).origin != trial.origin
     cohort = made_up_cohort()
     cohort.images[0, 0, 0] += 0.1
-    cohort.save(training.cohort_file(settings))
-    assert training.Setup(setup.settings).origin != setup.origin
+    cohort.save(experiment.cohort_file(settings))
+    assert experiment.Experiment(trial.settings).origin != trial.origin
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_message(setup):
+def test_a_loss_that_is_not_finite_stops_with_a_message(trial):
     network = torch.nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         training.fit(network, lambda generator: {"loss": network.weight.sum() * math.nan}, steps=20, peak=0.1,
@@ -172,4 +188,4 @@ def test_the_best_round_is_the_best_on_validation_images_alone():
     measured = pd.DataFrame(
         [(0, "validation", 0.9, 0.5, 0.7), (0, "unlabelled", 0.1, 0.1, 0.1),
          (1, "validation", 0.8, 0.6, 0.7), (1, "unlabelled", 0.99, 0.99, 0.99)], columns=columns)
-    assert training.best_rounds(measured) == {"joint": 0, "registration": 1, "combined": 0}
+    assert experiment.best_rounds(measured) == {"joint": 0, "registration": 1, "combined": 0}

@@ -1,0 +1,147 @@
+"""An experiment: what one recipe works on, and the files in which its work is kept between stages."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from lib import pseudo_masks
+from lib.compute import Numerics
+from lib.data import Tensors, load_cohort
+from lib.models import MrRegNet, ResidualUNet
+from lib.params import fingerprint, work_folder
+
+NUMERIC_MODULES = ("augment", "compute", "experiment", "losses", "models", "pseudo_masks", "training", "warping")
+
+
+class Experiment:
+    """What one recipe works on: settings, device, the cohort on it, and networks as they start.
+
+    Attributes:
+        settings: as params.load gives them.
+        numerics: lib.compute.Numerics.
+        cohort: lib.data.Cohort.
+        data: lib.data.Tensors.
+        origin: fingerprint of cohort file, draws, precision and code, part of every checkpoint's own.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.numerics = Numerics(settings.device, settings.precision)
+        file = cohort_file(settings)
+        self.cohort = load_cohort(file)
+        self.data = Tensors(self.cohort, settings, self.numerics)
+        here = Path(__file__).parent
+        self.origin = fingerprint(
+            hashlib.sha256(file.read_bytes()).hexdigest(),
+            [hashlib.sha256((here / f"{name}.py").read_bytes()).hexdigest() for name in NUMERIC_MODULES],
+            [settings[key] for key in ("cohort", "rate", "seed", "recipe", "augmentation", "pseudo_masks")],
+            [str(self.numerics.device), self.numerics.precision, torch.__version__],
+        )
+
+    def segmentation_network(self):
+        """A ResidualUNet with the seed's initial weights, on the device."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            network = ResidualUNet(len(self.cohort.classes), self.settings.segmentation.normalisation)
+        return self.numerics.place(network)
+
+    def registration_network(self):
+        """A MrRegNet with the seed's initial weights, on the device."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            network = MrRegNet(self.settings.registration.normalisation)
+        return self.numerics.place(network)
+
+    def model_file(self, stage, number=None):
+        """Where the weights of a stage (of joint round ``number``) lie."""
+        name = f"{stage}.pt" if number is None else f"{stage}/round_{number:02d}.pt"
+        return work_folder("models", self.settings.cohort, self.settings.recipe, name)
+
+    def generate(self, networks, images, label, *names):
+        """Pseudo-masks of ``images`` by ``networks`` from the labelled images; draws are seeded by ``names``."""
+        data = self.data
+        return pseudo_masks.generate(
+            networks, images, data.images[data.labelled], data.masks[data.labelled], self.settings.pseudo_masks,
+            data.symmetric, self.numerics.generator(self.settings.seed, *names), self.numerics, label,
+        )
+
+
+def cohort_file(settings):
+    """Where notebooks/01_data.ipynb writes the cohort."""
+    return work_folder("cohort", f"{settings.cohort}.npz")
+
+
+def save_atomically(contents, file):
+    """torch.save that leaves either the old file or the whole new one, even after a power cut."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    with open(partial, "wb") as stream:
+        torch.save(contents, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def load_saved(file, device):
+    """What ``save_atomically`` wrote; nothing is unpickled but tensors and plain values.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or is not one of ours; the message says what to do.
+    """
+    file = Path(file)
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: run the notebook of the stage before this one, or `dvc repro`")
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # zip, pickle and tensor errors all mean a file that is not whole or not ours
+        raise ValueError(f"{file} cannot be loaded ({error}): delete it and run its stage again") from error
+
+
+def resume(file, key, device):
+    """The checkpoint in ``file`` if it belongs to the work that ``key`` fingerprints, else None."""
+    try:
+        saved = load_saved(file, device)
+    except (FileNotFoundError, ValueError):
+        return None
+    return saved if saved.get("fingerprint") == key else None
+
+
+def load_pretrained(experiment):
+    """The networks that the two pre-trainings saved: (ResidualUNet, MrRegNet)."""
+    networks = experiment.segmentation_network(), experiment.registration_network()
+    for network, stage in zip(networks, ("segmentation", "registration")):
+        network.load_state_dict(load_saved(experiment.model_file(stage), experiment.numerics.device)["network"])
+    return networks
+
+
+def load_round(experiment, number):
+    """Both networks after joint round ``number`` (0: before the first), and what was measured of them."""
+    saved = load_saved(experiment.model_file("joint", number), experiment.numerics.device)
+    networks = experiment.segmentation_network(), experiment.registration_network()
+    for network, stage in zip(networks, ("segmentation", "registration")):
+        network.load_state_dict(saved[stage])
+    return networks, saved["measured"]
+
+
+def load_measured(experiment):
+    """What was measured in all joint rounds, one row per round and split."""
+    numbers = range(experiment.settings.joint.rounds + 1)
+    return pd.DataFrame([row for number in numbers for row in load_round(experiment, number)[1]])
+
+
+def best_rounds(measured):
+    """The round that each method is tested with: the best on the validation images for that method.
+
+    Args:
+        measured: Rounds.measured.
+
+    Returns:
+        Dictionary of method (joint, registration, combined) to round; the earlier round where two are equal.
+    """
+    validation = measured[measured["split"] == "validation"].set_index("round")
+    columns = {"joint": "dsc_segmentation", "registration": "dsc_registration", "combined": "dsc_pseudo_masks"}
+    return {method: int(validation[column].idxmax()) for method, column in columns.items()}
