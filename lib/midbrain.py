@@ -45,10 +45,17 @@ def read_anatomy(file):
 
 
 def read_midbrain_labels(file):
-    """The mask of the labels that form the midbrain between LEVEL_MM, closed and filled slice by slice."""
+    """The mask of the labels that form the midbrain between LEVEL_MM, smoothed, and filled slice by slice.
+
+    Above LEVEL_MM the labels spread into the hypothalamus, which a deformed slice may touch; there the mask
+    keeps to its outline at the upper level.
+    """
     labels, affine = read_nifti(file)
     mask = np.isin(np.rint(labels), MASK_LABELS)
     mask = ndimage.binary_closing(mask, ndimage.generate_binary_structure(3, 1), iterations=2)
+    top = round(LEVEL_MM[1] - affine[2, 3])
+    mask[:, :, top + 1 :] &= mask[:, :, [top]]
+    mask = ndimage.binary_opening(mask, ndimage.generate_binary_structure(3, 1), iterations=2)
     for level in range(mask.shape[2]):
         mask[:, :, level] = ndimage.binary_fill_holes(mask[:, :, level])
     components, _ = ndimage.label(mask)

@@ -30,8 +30,9 @@ def draw(axes, image, mask=None, title="", heat=None, colour=TRUE):
     if heat is not None:
         heat = array(heat)
         heat = heat.max(axis=0) if heat.ndim == 3 else heat
-        axes.imshow(plt.get_cmap("inferno")(heat) * [1, 1, 1, 0] + [0, 0, 0, 1] * (0.75 * (heat[..., None] > 0.02)),
-                    vmin=0, vmax=1)
+        colours = plt.get_cmap("inferno")(heat)
+        colours[..., 3] = 0.8 * np.clip(heat / 0.25, 0, 1)  # the image stays visible where nothing is marked
+        axes.imshow(colours)
     if mask is not None:
         outline(axes, mask, colour)
     axes.set_title(title, fontsize=9)
