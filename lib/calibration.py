@@ -1,0 +1,74 @@
+"""Whether confidence can be trusted: reliability of mask probabilities, and confidence as quality control."""
+
+import numpy as np
+import pandas as pd
+import torch
+from monai.metrics.calibration import calibration_binning
+from scipy import stats
+
+BINS = 20
+MARKED = 1  # first bin that counts as marked: probabilities from 0.05
+
+
+def reliability(masks, truth):
+    """How often pixels of a given probability are truly foreground, classes pooled.
+
+    Args:
+        masks, truth: ``(images, classes, height, width)`` in [0, 1].
+
+    Returns:
+        pandas.DataFrame, one row per bin that holds pixels: low, high, n, probability (mean), frequency (of true
+        foreground) and brier (mean squared difference).
+    """
+    p, y = masks.float().cpu().reshape(1, 1, -1).clamp(0, 1), (truth > 0.5).float().cpu().reshape(1, 1, -1)
+    probability, frequency, n = (values.flatten().double().numpy() for values in calibration_binning(p, y, BINS))
+    which = np.clip((p * BINS).long().flatten().numpy(), 0, BINS - 1)
+    squares = np.bincount(which, ((p - y) ** 2).double().flatten().numpy(), minlength=BINS)
+    low = np.arange(BINS) / BINS
+    frame = pd.DataFrame({"low": low, "high": low + 1 / BINS, "n": n.astype(int), "probability": probability,
+                          "frequency": frequency, "brier": squares / np.maximum(n, 1)})
+    return frame[frame["n"] > 0].reset_index(drop=True)
+
+
+def pool(bins):
+    """Reliability of several experiments as one: rows of the same bin are averaged, weighted by their pixels."""
+    weighted = bins[["probability", "frequency", "brier"]].mul(bins["n"], axis=0).assign(n=bins["n"])
+    summed = weighted.groupby([bins["low"], bins["high"]]).sum()
+    return summed.div(summed["n"], axis=0).assign(n=summed["n"]).reset_index()[
+        ["low", "high", "n", "probability", "frequency", "brier"]
+    ]
+
+
+def errors(bins):
+    """Expected calibration error and Brier score of reliability rows, over all pixels and over the marked ones.
+
+    Most pixels are background that nobody doubts, which makes any score over all pixels look good; the marked
+    ones are those whose own probability is at least 0.05.
+    """
+    found = {}
+    for suffix, rows in (("", bins), ("_marked", bins[bins["low"] >= MARKED / BINS - 1e-9])):
+        share = rows["n"] / max(1, rows["n"].sum())
+        found[f"ece{suffix}"] = float((share * (rows["probability"] - rows["frequency"]).abs()).sum())
+        found[f"brier{suffix}"] = float((share * rows["brier"]).sum())
+    return found
+
+
+def quality_control(confidence, dsc):
+    """Whether low confidence finds bad masks.
+
+    Args:
+        confidence, dsc: one value per test image.
+
+    Returns:
+        Dictionary: spearman, the rank correlation of the two, and auroc_worst_tenth, the probability that an image
+        of the tenth with the lowest DSC has a lower confidence than one of the others. NaN where all are equal.
+    """
+    confidence, dsc = np.asarray(confidence, float), np.asarray(dsc, float)
+    worst = stats.rankdata(dsc, method="ordinal") <= max(1, round(len(dsc) / 10))
+    if len(dsc) < 2 or np.ptp(confidence) == 0 or np.ptp(dsc) == 0:
+        return {"spearman": np.nan, "auroc_worst_tenth": np.nan}
+    larger = stats.mannwhitneyu(confidence[~worst], confidence[worst]).statistic
+    return {
+        "spearman": float(stats.spearmanr(confidence, dsc).statistic),
+        "auroc_worst_tenth": float(larger / (worst.sum() * (~worst).sum())),
+    }

@@ -1,0 +1,100 @@
+"""Statistics over test subjects: paired tests with effect sizes, Holm's correction and bootstrap intervals.
+
+Slices of one subject look alike and are not independent observations. Every test here therefore works on one
+value per subject: the mean over the subject's test slices, and over seeds, since all seeds test the same subjects.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+RESAMPLES = 10_000
+
+
+def per_subject(per_image, metric):
+    """One value per subject and method.
+
+    Args:
+        per_image: rows of one cohort, recipe and rate and of class ``mean``, of any number of seeds.
+        metric: a column: dsc, hd or hd95.
+
+    Returns:
+        pandas.DataFrame, one row per subject, one column per method.
+    """
+    by_slice = per_image.groupby(["method", "subject", "slice"])[metric].mean()
+    return by_slice.groupby(["method", "subject"]).mean().unstack("method")
+
+
+def wilcoxon(first, second):
+    """Wilcoxon signed-rank test of paired values, two-sided.
+
+    Args:
+        first, second: one value per subject.
+
+    Returns:
+        (p, effect): effect is the matched-pairs rank-biserial correlation in [-1, 1], positive where ``first`` is
+        larger. p is 1 and effect 0 where all pairs are equal.
+    """
+    difference = np.asarray(first, float) - np.asarray(second, float)
+    difference = difference[difference != 0]
+    if len(difference) == 0:
+        return 1.0, 0.0
+    ranks = stats.rankdata(np.abs(difference))
+    return float(stats.wilcoxon(difference).pvalue), float((ranks * np.sign(difference)).sum() / ranks.sum())
+
+
+def holm(p):
+    """p values adjusted by Holm's step-down method, in the order given; NaN stays NaN and does not count."""
+    p = np.asarray(p, float)
+    adjusted, order = p.copy(), [i for i in np.argsort(p) if not np.isnan(p[i])]
+    running = 0.0
+    for rank, index in enumerate(order):
+        running = max(running, min(1.0, (len(order) - rank) * p[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def interval(values, level=0.95):
+    """Percentile bootstrap interval of the mean of one value per subject: (low, high)."""
+    values = np.asarray(values, float)
+    if len(values) < 2 or values.min() == values.max():
+        return float(values.mean()), float(values.mean())
+    found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="percentile",
+                            rng=np.random.default_rng(0))
+    return tuple(map(float, found.confidence_interval))
+
+
+def compare(per_image, pairs, metrics=("dsc", "hd")):
+    """Paired comparisons of methods on the same test subjects.
+
+    Args:
+        per_image: rows of ``evaluation.evaluate`` with those of class ``mean``; any cohorts, recipes and rates.
+        pairs: (method, reference) to compare, where both are there.
+        metrics: columns to compare.
+
+    Returns:
+        pandas.DataFrame, one row per cohort, recipe, rate, metric and pair: n_subjects, n_seeds, difference (method
+        minus reference) with its 95 % bootstrap interval, effect, p, and p_holm, corrected over the comparisons of
+        the same cohort and metric.
+    """
+    rows = []
+    mean = per_image[per_image["class"] == "mean"]
+    for (cohort, recipe, rate), group in mean.groupby(["cohort", "recipe", "rate"], sort=False):
+        for metric in metrics:
+            values = per_subject(group, metric)
+            for method, reference in pairs:
+                if method not in values or reference not in values or method == reference:
+                    continue
+                both = values[[method, reference]].dropna()
+                p, effect = wilcoxon(both[method], both[reference])
+                low, high = interval(both[method] - both[reference])
+                rows.append({
+                    "cohort": cohort, "recipe": recipe, "rate": rate, "metric": metric, "method": method,
+                    "reference": reference, "n_subjects": len(both), "n_seeds": group["seed"].nunique(),
+                    "difference": float((both[method] - both[reference]).mean()), "low": low, "high": high,
+                    "effect": effect, "p": p,
+                })
+    found = pd.DataFrame(rows)
+    if len(found):
+        found["p_holm"] = found.groupby(["cohort", "metric"])["p"].transform(holm)
+    return found
