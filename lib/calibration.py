@@ -2,8 +2,6 @@
 
 import numpy as np
 import pandas as pd
-import torch
-from monai.metrics.calibration import calibration_binning
 from scipy import stats
 
 BINS = 20
@@ -20,13 +18,14 @@ def reliability(masks, truth):
         pandas.DataFrame, one row per bin that holds pixels: low, high, n, probability (mean), frequency (of true
         foreground) and brier (mean squared difference).
     """
-    p, y = masks.float().cpu().reshape(1, 1, -1).clamp(0, 1), (truth > 0.5).float().cpu().reshape(1, 1, -1)
-    probability, frequency, n = (values.flatten().double().numpy() for values in calibration_binning(p, y, BINS))
-    which = np.clip((p * BINS).long().flatten().numpy(), 0, BINS - 1)
-    squares = np.bincount(which, ((p - y) ** 2).double().flatten().numpy(), minlength=BINS)
-    low = np.arange(BINS) / BINS
-    frame = pd.DataFrame({"low": low, "high": low + 1 / BINS, "n": n.astype(int), "probability": probability,
-                          "frequency": frequency, "brier": squares / np.maximum(n, 1)})
+    p = masks.double().cpu().numpy().ravel()
+    y = (truth > 0.5).double().cpu().numpy().ravel()
+    which = np.clip((p * BINS).astype(int), 0, BINS - 1)
+    total = lambda values=None: np.bincount(which, values, minlength=BINS)
+    n, low = total(), np.arange(BINS) / BINS
+    sums = {"probability": total(p), "frequency": total(y), "brier": total((p - y) ** 2)}
+    means = {name: values / np.maximum(n, 1) for name, values in sums.items()}
+    frame = pd.DataFrame({"low": low, "high": low + 1 / BINS, "n": n, **means})
     return frame[frame["n"] > 0].reset_index(drop=True)
 
 
