@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+MISSING = ("deleted", "not in cache")
 status = json.loads(subprocess.run(["dvc", "status", "--json"], capture_output=True, text=True, check=True).stdout)
 stale = []
 for stage, changes in status.items():
@@ -15,6 +16,6 @@ for stage, changes in status.items():
             stale.append(f"{stage}: {change}")
             continue
         for kind, files in change.items():
-            stale += [f"{stage}: {kind}: {file}: {what}" for file, what in files.items() if what != "deleted"]
+            stale += [f"{stage}: {kind}: {file}: {what}" for file, what in files.items() if what not in MISSING]
 print("\n".join(stale) or f"dvc.lock is current: {len(status)} stages lack only files that git does not keep")
 sys.exit(bool(stale))
