@@ -43,6 +43,13 @@ class Numerics:
         self.memory_format = torch.channels_last
         keep_heap()
 
+    @property
+    def name(self):
+        """The device in words, for tables: the GPU's name, or the CPU's threads."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU ({torch.get_num_threads()} threads)"
+
     def place(self, network):
         """The network, moved to the device in this layout."""
         return network.to(self.device, memory_format=self.memory_format)

@@ -207,8 +207,8 @@ def labelled_count(rate, n_train):
     return min(n_train, 5 if rate == 1 else max(1, round(n_train * rate / 100)))
 
 
-def draw_labelled(cohort, rate, seed):
-    """Indices of the labelled and of the unlabelled training images.
+def draw_order(cohort, seed):
+    """Indices of the training images in the order in which they are labelled as the rate grows.
 
     Labelled images come from distinct subjects first: every subject gives one slice before any gives a second.
     """
@@ -219,8 +219,14 @@ def draw_labelled(cohort, rate, seed):
         subject = cohort.subjects[index]
         rank[subject] = rank.get(subject, -1) + 1
         order.append((rank[subject], len(order), index))
-    chosen = np.array([index for *_, index in sorted(order)[: labelled_count(rate, len(train))]])
-    return np.sort(chosen), np.setdiff1d(train, chosen)
+    return np.array([index for *_, index in sorted(order)])
+
+
+def draw_labelled(cohort, rate, seed):
+    """Indices of the labelled and of the unlabelled training images, each ascending."""
+    order = draw_order(cohort, seed)
+    count = labelled_count(rate, len(order))
+    return np.sort(order[:count]), np.sort(order[count:])
 
 
 # --- building ---------------------------------------------------------------------------------------------------
@@ -231,9 +237,9 @@ def build(settings):
     from lib import anatomies, hippocampus, midbrain  # they import this module
 
     if settings.cohort == "midbrain":
-        cohort = midbrain.build(settings.midbrain, settings.seed, anatomies.raw_folder())
+        cohort = midbrain.build(settings.midbrain, settings.split_seed, anatomies.raw_folder())
     else:
-        cohort = hippocampus.build(settings.hippocampus, settings.seed)
+        cohort = hippocampus.build(settings.hippocampus, settings.split_seed)
     check_split(cohort.subjects, cohort.split)
     return cohort
 
@@ -255,6 +261,7 @@ class Tensors:
     Attributes:
         images: ``(slices, 1, height, width)``; masks: ``(slices, classes, height, width)``.
         labelled, unlabelled, train, validation: index tensors.
+        example: index ``(1,)`` of the training image that is labelled last: unlabelled at every rate below 100 %.
     """
 
     def __init__(self, cohort, settings, numerics):
@@ -264,4 +271,5 @@ class Tensors:
         as_index = lambda index: torch.as_tensor(index, device=numerics.device)
         self.labelled, self.unlabelled = as_index(labelled), as_index(unlabelled)
         self.train, self.validation = as_index(cohort.index("train")), as_index(cohort.index("validation"))
+        self.example = as_index(draw_order(cohort, settings.seed)[-1:])
         self.symmetric = cohort.symmetric

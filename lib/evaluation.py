@@ -1,19 +1,21 @@
-"""Scores against true masks: DSC, HD and HD95, per image and as Table 1."""
+"""Scores against true masks: DSC, HD and HD95 of every method on every test image."""
 
 import math
+import time
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
 
+from lib.calibration import reliability
 from lib.data import to_labels
-from lib.experiment import best_rounds, load_measured, load_round
-from lib.params import RECIPES
+from lib.experiment import best_rounds, load_cost, load_measured, load_round, load_saved
+from lib.pseudo_masks import draw_sources, fuse, mean_confidence
 
-METHODS = ("fs", "registration", "joint", "combined")
-COLUMNS = ["cohort", "method", "recipe", "class", "rate", "n_labelled", "seed", "n_test", "dsc_mean", "dsc_sd",
-           "hd_mean", "hd_sd", "hd95_mean", "hd95_sd", "n_empty"]
+METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "classical")
+FAMILIES = {"joint": "", "joint_plus": "+"}  # stage, and what its methods' names end in
 
 
 def harden(masks):
@@ -81,115 +83,136 @@ def score(prediction, truth, classes):
     return pd.DataFrame({"image": images, "class": list(classes) * len(truth), **rows})
 
 
-def evaluate(experiment, split):
-    """All methods of one recipe on the test images (or those of another anatomy).
+class Evaluation(NamedTuple):
+    """What all methods of one experiment are worth."""
 
-    fs is the pre-trained segmentation network, joint the segmentation network alone, registration the mean of
-    the N warped masks and combined the mean of all 2N; the latter three each with the round that was best for it
-    on the validation images. Test images choose nothing.
+    per_image: pd.DataFrame  # one row per image, method and class
+    reliability: pd.DataFrame  # calibration.reliability of every method's masks
+    masks: dict  # method to masks of the test images
 
-    Args:
-        experiment: lib.experiment.Experiment.
-        split: ``test`` or ``unseen``.
+
+def title_of(cohort, split):
+    """How tables call the test images of a cohort, or those of its unseen anatomy."""
+    return cohort.title if split == "test" else cohort.title.replace(" (", ", unseen anatomy (")
+
+
+@torch.no_grad()
+def predict(experiment, images, split):
+    """Masks of ``images`` by every method of one experiment that has been trained.
+
+    fs is the pre-trained segmentation network, mt the teacher; joint is the segmentation network alone, registration
+    the mean of the N warped masks and combined the (weighted) mean of all 2N, each with the round that was best for
+    it on the validation images; those of joint+ likewise. Test images choose nothing.
 
     Returns:
-        pandas.DataFrame, one row per image, method and class; empty where the cohort has no such split.
+        Dictionary of method to (round, masks, training seconds).
     """
+    settings, numerics = experiment.settings, experiment.numerics
+    plain = lambda network: torch.cat([network.eval().segment(batch) for batch in images.split(numerics.batch(images))])
+    found = {}
+    network = experiment.segmentation_network()
+    for method, stage in (("fs", "segmentation"), ("mt", "mean_teacher")):
+        file = experiment.model_file(stage)
+        if file.exists() and not settings.variant:
+            network.load_state_dict(load_saved(file, numerics.device)["network"])
+            with numerics.autocast():
+                found[method] = 0, plain(network), load_cost(experiment, stage)
+    for stage, ending in FAMILIES.items():
+        last = experiment.model_file(stage, settings[stage].rounds)
+        if not last.exists() or (settings.variant and stage == "joint"):
+            continue
+        seconds = load_cost(experiment, "segmentation", "registration", stage)
+        chosen = best_rounds(load_measured(experiment, stage))
+        masks = {}
+        for number in sorted(set(chosen.values())):
+            networks, kept = load_round(experiment, number, stage)
+            made = experiment.generate(networks, images, f"{split}, {stage} round {number}", "test", stage, split, number)
+            masks[number] = fuse(made, kept.get("weight", 0.5))
+        for method, field in (("registration", "registration"), ("joint", "plain"), ("combined", "soft")):
+            found[method + ending] = chosen[method], getattr(masks[chosen[method]], field), seconds
+    return found
+
+
+def evaluate(experiment):
+    """Every method of one experiment on the test images, and on those of the unseen anatomy where there are any.
+
+    Args:
+        experiment: lib.experiment.Experiment, all of whose stages have run.
+
+    Returns:
+        Evaluation.
+    """
+    cohort, data = experiment.cohort, experiment.data
+    frames, bins, kept = [], [], {}
+    for split in ("test", "unseen"):
+        index = cohort.index(split)
+        if len(index) == 0:
+            continue
+        truth = data.masks[index]
+        for method, (number, masks, seconds) in predict(experiment, data.images[index], split).items():
+            frame, reliable = describe(experiment, split, index, method, masks, truth)
+            frames.append(frame.assign(round=number, seconds=round(seconds, 1)))
+            bins.append(reliable)
+            if split == "test":
+                kept[method] = masks
+    return Evaluation(pd.concat(frames, ignore_index=True), pd.concat(bins, ignore_index=True), kept)
+
+
+def describe(experiment, split, index, method, masks, truth):
+    """Scores, confidence and reliability of one method's masks of the images ``index``: (per image, bins)."""
+    cohort, settings = experiment.cohort, experiment.settings
+    head = {"cohort": title_of(cohort, split), "recipe": settings.recipe, "rate": settings.rate,
+            "n_labelled": len(experiment.data.labelled), "seed": settings.seed, "variant": settings.variant,
+            "method": method}
+    scores = score(masks, truth, cohort.classes)
+    position = scores.pop("image").to_numpy()
+    confidence = mean_confidence(masks).cpu().numpy()[position]
+    frame = scores.assign(**head, subject=cohort.subjects[index[position]], slice=index[position],
+                          confidence=confidence, device=experiment.numerics.name)
+    bins = reliability(masks, truth)
+    return frame[[*head, "subject", "slice", *scores.columns, "confidence", "device"]], \
+        bins.assign(**head)[[*head, *bins.columns]]
+
+
+def evaluate_classical(experiment):
+    """The classical reference on the test images, or an even sample of them; see lib.classical. As ``evaluate``."""
+    from lib import classical  # SimpleITK is needed nowhere else
+
     cohort, data, settings = experiment.cohort, experiment.data, experiment.settings
-    index = cohort.index(split)
-    if len(index) == 0:
-        return pd.DataFrame()
-    images, truth = data.images[index], data.masks[index]
-    rounds = {"fs": 0, **best_rounds(load_measured(experiment))}
-    masks = {
-        number: experiment.generate(load_round(experiment, number)[0], images, f"{split}, round {number}",
-                               "test", split, number)
-        for number in sorted(set(rounds.values()))
-    }
-    field = {"fs": "plain", "joint": "plain", "registration": "registration", "combined": "soft"}
-    frames = []
-    for method in METHODS:
-        scores = score(getattr(masks[rounds[method]], field[method]), truth, cohort.classes)
-        position = scores.pop("image").to_numpy()
-        scores.insert(0, "slice", index[position])
-        scores.insert(0, "subject", cohort.subjects[index[position]])
-        scores.insert(0, "round", rounds[method])
-        scores.insert(0, "method", method)
-        frames.append(scores)
-    title = cohort.title if split == "test" else cohort.title.replace(" (", ", unseen anatomy (")
-    head = {"cohort": title, "recipe": settings.recipe, "rate": settings.rate, "n_labelled": len(data.labelled),
-            "seed": settings.seed}
-    frame = pd.concat(frames, ignore_index=True)
-    return frame.assign(**head)[[*head, *frame.columns]]
+    index = cohort.index("test")
+    index = index[np.unique(np.linspace(0, len(index) - 1, settings.classical.images).round().astype(int))]
+    choice = draw_sources(len(index), len(data.labelled), min(settings.pseudo_masks.n, len(data.labelled)),
+                          experiment.numerics.generator(settings.seed, "classical"))
+    array = lambda tensor: tensor.cpu().numpy()
+    start = time.monotonic()
+    masks = classical.segment(array(data.images[index, 0]), array(data.images[data.labelled, 0]),
+                              array(data.masks[data.labelled]), array(choice), settings.classical)
+    seconds = time.monotonic() - start
+    masks = torch.as_tensor(masks).to(data.masks.device)
+    frame, bins = describe(experiment, "test", index, "classical", masks, data.masks[index])
+    return Evaluation(frame.assign(recipe="-", round=0, seconds=round(seconds, 1)), bins.assign(recipe="-"),
+                      {"classical": masks})
 
 
-def rounds(experiments):
-    """rounds.csv: what was measured after every joint round, of every recipe; ``best_for`` names the methods that
-    are tested with that round."""
-    frames = []
-    for experiment in experiments:
-        measured = load_measured(experiment)
-        best = best_rounds(measured)
-        named = measured["round"].map(lambda number: " ".join(m for m, chosen in best.items() if chosen == number))
-        settings = experiment.settings
-        head = {"cohort": experiment.cohort.title, "recipe": settings.recipe, "rate": settings.rate, "seed": settings.seed}
-        frames.append(measured.assign(best_for=named, **head)[[*head, *measured.columns, "best_for"]])
-    return pd.concat(frames, ignore_index=True)
+def rounds(experiment):
+    """What was measured after every round of joint and joint+, one row per stage, round and split.
 
-
-def average_classes(per_image):
-    """``per_image`` with a row of class ``mean`` per image and method added: the average over foreground classes."""
-    keys = [c for c in per_image.columns if c not in ("class", "dsc", "hd", "hd95", "empty")]
-    means = per_image.groupby(keys, sort=False, as_index=False).agg(
-        dsc=("dsc", "mean"), hd=("hd", "mean"), hd95=("hd95", "mean"), empty=("empty", "any")
-    )
-    return pd.concat([means.assign(**{"class": "mean"}), per_image], ignore_index=True)[per_image.columns]
-
-
-def table(per_image):
-    """Table 1: mean and standard deviation over test images, per cohort, recipe, method and class.
-
-    Args:
-        per_image: rows of ``evaluate``, of any number of recipes and splits.
-
-    Returns:
-        pandas.DataFrame with COLUMNS; class ``mean`` is the average over foreground classes.
+    ``best_for`` names the methods that are tested with that round.
     """
-    keys = ["cohort", "recipe", "method", "class", "rate", "n_labelled", "seed"]
-    summary = average_classes(per_image).groupby(keys, sort=False).agg(
-        n_test=("dsc", "size"), dsc_mean=("dsc", "mean"), dsc_sd=("dsc", "std"), hd_mean=("hd", "mean"),
-        hd_sd=("hd", "std"), hd95_mean=("hd95", "mean"), hd95_sd=("hd95", "std"), n_empty=("empty", "sum"),
-    ).reset_index()
-    order = {name: rank for rank, name in enumerate([*RECIPES, *METHODS, "mean"])}
-    ranks = summary[["cohort", "recipe", "method"]].replace(order)
-    is_class = (summary["class"] != "mean").rename("is_class")
-    by = pd.concat([ranks, is_class], axis=1).sort_values(["cohort", "recipe", "is_class", "method"], kind="stable")
-    return summary.loc[by.index, COLUMNS].reset_index(drop=True)
+    frames, settings = [], experiment.settings
+    for stage, ending in FAMILIES.items():
+        if experiment.model_file(stage, settings[stage].rounds).exists():
+            measured = load_measured(experiment, stage)
+            best = best_rounds(measured)
+            named = measured["round"].map(lambda n: " ".join(m + ending for m, chosen in best.items() if chosen == n))
+            head = {"cohort": experiment.cohort.title, "recipe": settings.recipe, "rate": settings.rate,
+                    "seed": settings.seed, "variant": settings.variant, "stage": "joint" + ending}
+            frames.append(measured.assign(best_for=named, **head)[[*head, *measured.columns, "best_for"]])
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def markdown(table1):
-    """Table 1 as Markdown, mean ± standard deviation over test images, rounded for reading.
-
-    With one foreground class its rows would repeat those of ``mean``, so they are left out.
-    """
-    classes = table1.groupby("cohort")["class"].transform("nunique")
-    table1 = table1[(table1["class"] == "mean") | (classes > 2)]
-    cell = lambda row, name, digits: f"{row[name + '_mean']:.{digits}f} ± {row[name + '_sd']:.{digits}f}"
-    rows = [
-        {
-            "cohort": row.cohort, "recipe": row.recipe, "method": row.method, "class": row["class"],
-            "labelled": f"{row.n_labelled} ({row.rate} %)", "n": row.n_test, "DSC": cell(row, "dsc", 3),
-            "HD (px)": cell(row, "hd", 2), "HD95 (px)": cell(row, "hd95", 2), "one mask empty": row.n_empty,
-        }
-        for _, row in table1.iterrows()
-    ]
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
-
-
-def metrics(table1):
-    """Nested figures for `dvc metrics`: cohort, recipe, method, then dsc, hd and hd95, of class ``mean``."""
-    tree = {}
-    for _, row in table1[table1["class"] == "mean"].iterrows():
-        leaf = tree.setdefault(row.cohort, {}).setdefault(row.recipe, {})
-        leaf[row.method] = {name: round(float(row[f"{name}_mean"]), 6) for name in ("dsc", "hd", "hd95")}
-    return tree
+def save_watched(file, watched, count=5):
+    """Keep ``count`` of a Fit's watched masks, evenly spaced, as a small .npz: steps and masks."""
+    chosen = [watched[round(k)] for k in np.linspace(0, len(watched) - 1, min(count, len(watched)))]
+    np.savez_compressed(file, steps=np.array([step for step, _ in chosen]),
+                        masks=np.stack([mask.numpy()[0] for _, mask in chosen]))

@@ -1,6 +1,7 @@
 """An experiment: what one recipe works on, and the files in which its work is kept between stages."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lib.data import Tensors, load_cohort
 from lib.models import MrRegNet, ResidualUNet
 from lib.params import fingerprint, work_folder
 
-NUMERIC_MODULES = ("augment", "compute", "experiment", "losses", "models", "pseudo_masks", "training", "warping")
+NUMERIC_MODULES = ("augment", "compute", "losses", "models", "pseudo_masks", "training", "warping")
 
 
 class Experiment:
@@ -24,7 +25,9 @@ class Experiment:
         numerics: lib.compute.Numerics.
         cohort: lib.data.Cohort.
         data: lib.data.Tensors.
-        origin: fingerprint of cohort file, draws, precision and code, part of every checkpoint's own.
+        folder: where the stages of this cohort, recipe, seed and rate keep their weights and curves.
+        origin: fingerprint of cohort file, draws, precision and code, part of every checkpoint's own. The
+            rate is not: registration is pre-trained without masks, once for all rates.
     """
 
     def __init__(self, settings):
@@ -33,12 +36,10 @@ class Experiment:
         file = cohort_file(settings)
         self.cohort = load_cohort(file)
         self.data = Tensors(self.cohort, settings, self.numerics)
-        here = Path(__file__).parent
         self.origin = fingerprint(
-            hashlib.sha256(file.read_bytes()).hexdigest(),
-            [hashlib.sha256((here / f"{name}.py").read_bytes()).hexdigest() for name in NUMERIC_MODULES],
-            [settings[key] for key in ("cohort", "rate", "seed", "recipe", "augmentation", "pseudo_masks")],
-            [str(self.numerics.device), self.numerics.precision, torch.__version__],
+            hashlib.sha256(file.read_bytes()).hexdigest(), code_of(*NUMERIC_MODULES),
+            [settings[key] for key in ("cohort", "recipe", "seed", "augmentation", "pseudo_masks")],
+            str(self.numerics.device), self.numerics.precision, torch.__version__,
         )
 
     def segmentation_network(self):
@@ -55,10 +56,19 @@ class Experiment:
             network = MrRegNet(self.settings.registration.normalisation)
         return self.numerics.place(network)
 
+    def folder(self, stage):
+        """Where a stage keeps its weights and curves. Registration is pre-trained without masks: at any rate the same."""
+        settings = self.settings
+        at = [f"seed_{settings.seed}", *([] if stage == "registration" else [f"rate_{settings.rate:g}"])]
+        own = [stage, settings.recipe] if stage == "registration" else [settings.recipe, stage]
+        if stage == "joint_plus" and settings.variant:
+            at.insert(0, "variants")
+            own.append(settings.variant)
+        return work_folder("models", settings.cohort, *at, *own)
+
     def model_file(self, stage, number=None):
         """Where the weights of a stage (of joint round ``number``) lie."""
-        name = f"{stage}.pt" if number is None else f"{stage}/round_{number:02d}.pt"
-        return work_folder("models", self.settings.cohort, self.settings.recipe, name)
+        return self.folder(stage) / ("network.pt" if number is None else f"round_{number:02d}.pt")
 
     def generate(self, networks, images, label, *names):
         """Pseudo-masks of ``images`` by ``networks`` from the labelled images; draws are seeded by ``names``."""
@@ -67,6 +77,12 @@ class Experiment:
             networks, images, data.images[data.labelled], data.masks[data.labelled], self.settings.pseudo_masks,
             data.symmetric, self.numerics.generator(self.settings.seed, *names), self.numerics, label,
         )
+
+
+def code_of(*modules):
+    """A fingerprint of modules of lib, so that no checkpoint is resumed by other code than wrote it."""
+    here = Path(__file__).parent
+    return fingerprint([hashlib.sha256((here / f"{name}.py").read_bytes()).hexdigest() for name in modules])
 
 
 def cohort_file(settings):
@@ -101,6 +117,17 @@ def load_saved(file, device):
         raise ValueError(f"{file} cannot be loaded ({error}): delete it and run its stage again") from error
 
 
+def save_cost(experiment, stage, seconds):
+    """Keep a stage's training time beside its weights, which stay the same bytes however long they took."""
+    cost = {"seconds": round(seconds, 1), "device": experiment.numerics.name}
+    (experiment.folder(stage) / "cost.json").write_text(json.dumps(cost) + "\n")
+
+
+def load_cost(experiment, *stages):
+    """Seconds that stages took to train, summed."""
+    return sum(json.loads((experiment.folder(stage) / "cost.json").read_text())["seconds"] for stage in stages)
+
+
 def resume(file, key, device):
     """The checkpoint in ``file`` if it belongs to the work that ``key`` fingerprints, else None."""
     try:
@@ -118,19 +145,19 @@ def load_pretrained(experiment):
     return networks
 
 
-def load_round(experiment, number):
-    """Both networks after joint round ``number`` (0: before the first), and what was measured of them."""
-    saved = load_saved(experiment.model_file("joint", number), experiment.numerics.device)
+def load_round(experiment, number, stage="joint"):
+    """Both networks after round ``number`` (0: before the first), and what was saved with them."""
+    saved = load_saved(experiment.model_file(stage, number), experiment.numerics.device)
     networks = experiment.segmentation_network(), experiment.registration_network()
-    for network, stage in zip(networks, ("segmentation", "registration")):
-        network.load_state_dict(saved[stage])
-    return networks, saved["measured"]
+    for network, name in zip(networks, ("segmentation", "registration")):
+        network.load_state_dict(saved[name])
+    return networks, saved
 
 
-def load_measured(experiment):
-    """What was measured in all joint rounds, one row per round and split."""
-    numbers = range(experiment.settings.joint.rounds + 1)
-    return pd.DataFrame([row for number in numbers for row in load_round(experiment, number)[1]])
+def load_measured(experiment, stage="joint"):
+    """What was measured in all rounds, one row per round and split."""
+    numbers = range(experiment.settings[stage].rounds + 1)
+    return pd.DataFrame([row for number in numbers for row in load_round(experiment, number, stage)[1]["measured"]])
 
 
 def best_rounds(measured):

@@ -6,6 +6,12 @@ import math
 import torch
 from torch import nn
 
+from lib.augment import augment
+from lib.experiment import code_of
+from lib.losses import soft_dice_loss
+from lib.params import fingerprint
+from lib.training import draw_indices, fit, save_network, steps_of, sums_of, validation_dice, weights_digest
+
 
 class MeanTeacher(nn.Module):
     """A student and its teacher, the exponential moving average of the student's weights.
@@ -36,3 +42,63 @@ def ramp_up(step, start, end):
     if step < start:
         return 0.0
     return math.exp(-5 * (1 - min(1.0, (step - start) / max(1, end - start))) ** 2)
+
+
+def train_mean_teacher(experiment):
+    """Mean Teacher on the labelled and unlabelled images, with the steps, batches and augmentation of FS.
+
+    From ``start`` on the student is also to agree, in mean squared difference, with its teacher on unlabelled
+    images, each of the two seeing its own noise. The teacher is validated, kept and tested.
+
+    Returns:
+        (ResidualUNet, the teacher; Fit, whose ``watched`` are the teacher's masks of ``data.example``).
+        The teacher's weights are saved under work/models.
+    """
+    settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
+    options, recipe = settings.mean_teacher, settings.segmentation
+    networks = numerics.place(MeanTeacher(experiment.segmentation_network(), options.decay))
+    labelled, masks = data.images[data.labelled], data.masks[data.labelled]
+    unlabelled = data.images[data.unlabelled]
+    steps = steps_of(recipe.epochs, len(labelled), recipe.batch, recipe.max_steps)
+    start, full = options.start * steps, (options.start + 0.4) * steps
+
+    def noisy(images, generator):
+        noise = torch.randn(images.shape, generator=generator, device=generator.device) * options.noise_std
+        return images + noise.clamp(-2 * options.noise_std, 2 * options.noise_std)
+
+    def batch_loss(generator, step):
+        index = draw_indices(len(labelled), recipe.batch, generator)
+        images, target = labelled[index], masks[index]
+        weight = options.consistency * ramp_up(step, start, full)
+        if weight:
+            free = unlabelled[draw_indices(len(unlabelled), recipe.batch, generator)]
+            images = torch.cat((images, free))
+            target = torch.cat((target, torch.zeros_like(target[:1]).expand(len(free), -1, -1, -1)))
+        if recipe.augmentation == "strong":
+            images, target = augment(images, target, generator, settings.augmentation, data.symmetric)
+        with numerics.autocast():
+            prediction = networks.student.segment(noisy(images, generator) if weight else images)
+        count = recipe.batch
+        supervised = soft_dice_loss(prediction[:count], target[:count])
+        consistency = torch.zeros_like(supervised)
+        if weight:
+            with torch.no_grad(), numerics.autocast():
+                taught = networks.teacher.segment(noisy(images[count:], generator))
+            consistency = (prediction[count:] - taught).square().mean()
+        return {"loss": supervised + weight * consistency, "dice": supervised, "consistency": consistency}
+
+    @torch.no_grad()
+    def watch(trained):
+        trained.eval()
+        return trained.teacher.segment(data.images[data.example]).half().cpu()
+
+    key = fingerprint(experiment.origin, code_of("mean_teacher"), options, recipe, steps,
+                      weights_digest(networks), sums_of(labelled, masks, unlabelled))
+    found = fit(
+        networks, batch_loss, steps=steps, peak=recipe.learning_rate, schedule=recipe.schedule,
+        weight_decay=recipe.weight_decay, generator=numerics.generator(settings.seed, "mean teacher"), key=key,
+        label="mean teacher", validate=lambda trained: validation_dice(experiment, trained.teacher),
+        after_step=networks.update, watch=watch if len(unlabelled) else None,
+    )
+    save_network(experiment, "mean_teacher", networks.teacher, found)
+    return networks.teacher, found

@@ -39,32 +39,35 @@ def section(tree):
     return float(tree) if isinstance(tree, float) else str(tree)
 
 
-def merge(base, changes, where="params.yaml"):
-    """``base`` with the values of ``changes``, recursively. Unknown keys are errors."""
+def merge(base, changes, where="params.yaml", new_keys=False):
+    """``base`` with the values of ``changes``, recursively. Unknown keys are errors unless ``new_keys``."""
     merged = Section(base)
     for key, value in changes.items():
-        if key not in base:
+        if key not in base and not new_keys:
             raise ValueError(f"'{key}' is not a setting of {where}, which has {', '.join(base)}")
-        both = isinstance(value, dict) and isinstance(base[key], dict)
-        merged[key] = merge(base[key], value, f"{where}: {key}") if both else value
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value, f"{where}: {key}", new_keys) if both else value
     return merged
 
 
-def load(recipe=None, cohort=None):
+def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
     """The settings of params.yaml, resolved.
 
     Args:
         recipe: ``paper`` or ``strong``; None for the one that the file names.
         cohort: ``midbrain`` or ``hippocampus``; None for the one that the file names.
+        rate, seed: None for those that the file names.
+        variant: of joint+, one of the file's ``variants``; None for joint+ as it stands.
 
     The environment variable ``JOINT_SET`` (``key=value,section.key=value``) overrides single values and
     ``JOINT_OUTPUT`` names a folder for all outputs instead of the repository: the tests use both.
 
     Returns:
-        Section. ``segmentation``, ``registration`` and ``joint`` hold the values of the recipe and the scale.
+        Section. ``segmentation``, ``registration`` and ``joint`` hold the values of the recipe and the scale, and
+        ``joint_plus`` those of the variant.
 
     Raises:
-        ValueError: an unknown cohort, recipe, scale or setting.
+        ValueError: an unknown cohort, recipe, scale, variant or setting.
     """
     tree = section(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
     for assignment in filter(None, os.environ.get("JOINT_SET", "").split(",")):
@@ -74,16 +77,23 @@ def load(recipe=None, cohort=None):
         for name in reversed(path):
             nested = {name: nested}
         tree = merge(tree, nested)
-    tree.update({key: value for key, value in {"recipe": recipe, "cohort": cohort}.items() if value})
+    chosen = {"recipe": recipe, "cohort": cohort, "rate": rate, "seed": seed}
+    tree.update({key: value for key, value in chosen.items() if value is not None})
     for key, allowed in CHOICES.items():
         if tree[key] not in allowed:
             raise ValueError(f"{key} '{tree[key]}' in params.yaml is not one of {', '.join(allowed)}")
     if not 0 < tree.rate <= 100:
         raise ValueError(f"rate {tree.rate} in params.yaml is not a percentage between 0 and 100")
     for name, budget in tree.pop("scales")[tree.scale].items():
-        tree[name] = Section({**tree.get(name, {}), **budget})
+        tree[name] = merge(tree.get(name, {}), budget, new_keys=True)
         by_recipe = {recipe: tree[name].pop(recipe, {}) for recipe in RECIPES}
         tree[name].update(by_recipe[tree.recipe])
+    variants = tree.pop("variants")
+    tree["variant"] = variant or ""
+    if variant:
+        if variant not in variants:
+            raise ValueError(f"variant '{variant}' is not one of {', '.join(variants)} in params.yaml")
+        tree["joint_plus"] = merge(tree.joint_plus, variants[variant], "params.yaml: joint_plus")
     return tree
 
 

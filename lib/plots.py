@@ -5,9 +5,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import to_rgba
 
+from lib.calibration import pool
+
 TRUE = "#2bd46f"  # outline of the true mask
 OTHER = "#ffb000"  # outline of any other mask
-METHOD_COLOURS = {"fs": "#7f7f7f", "registration": "#1f77b4", "joint": "#d62728", "combined": "#9467bd"}
+METHOD_COLOURS = {
+    "fs": "#7f7f7f", "mt": "#e6a100", "registration": "#7fb2e5", "joint": "#f08a84", "combined": "#bfa3dd",
+    "registration+": "#1f77b4", "joint+": "#d62728", "combined+": "#7b3fb5", "classical": "#2ca02c",
+}
 
 
 def array(tensor):
@@ -121,7 +126,7 @@ def curves(history, title):
     axes[0, 0].legend(fontsize=8)
     if scored:
         marked = history[history["validation"].notna()]
-        axes[0, 1].plot(marked["step"], marked["validation"], marker=".", color=METHOD_COLOURS["joint"])
+        axes[0, 1].plot(marked["step"], marked["validation"], marker=".", color=METHOD_COLOURS["joint+"])
         axes[0, 1].set(xlabel="step", ylabel="DSC", title="validation images", ylim=(0, 1))
     figure.tight_layout()
     return figure
@@ -131,25 +136,26 @@ def round_curves(measured):
     """Per round: DSC of both networks and the soft pseudo-masks, mean confidence and folding.
 
     Args:
-        measured: rows of rounds.csv; one column of panels per recipe.
+        measured: rows of rounds.csv; one column of panels per recipe and stage.
     """
-    recipes = list(measured["recipe"].unique())
-    figure, axes = plt.subplots(2, len(recipes), figsize=(5 * len(recipes), 6), squeeze=False, sharex=True)
-    colour = {"segmentation": "joint", "registration": "registration", "pseudo_masks": "combined"}
-    for (top, bottom), recipe in zip(axes.T, recipes):
+    groups = list(measured.groupby(["recipe", "stage"], sort=False))
+    figure, axes = plt.subplots(2, len(groups), figsize=(4.6 * len(groups), 6), squeeze=False, sharex="col")
+    colour = {"segmentation": "joint+", "registration": "registration+", "pseudo_masks": "combined+"}
+    for (top, bottom), ((recipe, stage), group) in zip(axes.T, groups):
+        twin = bottom.twinx()
         for split, style in (("validation", "--"), ("unlabelled", "-")):
-            rows = measured[(measured["recipe"] == recipe) & (measured["split"] == split)]
+            rows = group[group["split"] == split]
             for name, method in colour.items():
                 top.plot(rows["round"], rows[f"dsc_{name}"], style, marker=".", color=METHOD_COLOURS[method],
                          label=f"{name.replace('_', ' ')}, {split}")
             bottom.plot(rows["round"], rows["mean_confidence"], style, marker=".", color="black",
                         label=f"mean confidence, {split}")
-        top.set(title=f"recipe {recipe}", ylabel="DSC")
+            twin.plot(rows["round"], 100 * rows["folding"], style, color=METHOD_COLOURS["registration"], marker=".")
+        top.set(title=f"{stage}, recipe {recipe}", ylabel="DSC")
         top.legend(fontsize=7)
-        bottom.set(xlabel="round", ylabel="mean confidence", xticks=rows["round"])
-        twin = bottom.twinx()
-        twin.plot(rows["round"], 100 * rows["folding"], color=METHOD_COLOURS["registration"], marker=".")
+        bottom.set(xlabel="round", ylabel="mean confidence", xticks=sorted(group["round"].unique()))
         twin.set_ylabel("folding, % of pixels (blue)")
+        twin.set_ylim(0, max(0.1, 110 * group["folding"].max()))
         bottom.legend(fontsize=7)
     figure.tight_layout()
     return figure
@@ -174,33 +180,124 @@ def score_boxes(per_image):
     return figure
 
 
-def figure2(image, truth, blocks, margin=0.75):
+def label_efficiency(table1):
+    """DSC and HD against the number of labelled images, one column per recipe; bands are the range over seeds."""
+    table = table1[(table1["class"] == "mean") & ~table1["cohort"].str.contains("unseen")]
+    recipes = [recipe for recipe in table["recipe"].unique() if (table["recipe"] == recipe).any() and recipe != "-"]
+    figure, axes = plt.subplots(2, len(recipes), figsize=(5 * len(recipes), 7), squeeze=False, sharey="row", sharex=True)
+    for column, recipe in zip(axes.T, recipes):
+        for method, rows in table[table["recipe"].isin([recipe, "-"])].groupby("method", sort=False):
+            seeds, every = rows[rows["seed"].astype(str) != "all"], rows[rows["seed"].astype(str) == "all"]
+            every = every.sort_values("n_labelled")
+            for ax, name in zip(column, ("dsc", "hd")):
+                line = {"color": METHOD_COLOURS[method], "marker": "o", "markersize": 4}
+                ax.plot(every["n_labelled"], every[f"{name}_mean"], label=method, **line)
+                band = seeds.groupby("n_labelled")[f"{name}_mean"].agg(["min", "max"])
+                ax.fill_between(band.index, band["min"], band["max"], color=METHOD_COLOURS[method], alpha=0.15, lw=0)
+        ticks = sorted(table["n_labelled"].unique())
+        column[0].set(title=f"recipe {recipe}", ylabel="DSC", xscale="log")
+        column[1].set(ylabel="HD (pixels)", xlabel="labelled images")
+        column[1].set_xticks(ticks, [str(n) for n in ticks])
+        column[1].minorticks_off()
+        column[0].legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    return figure
+
+
+def reliability(bins, per_image, methods=("fs", "joint", "combined", "joint+", "combined+")):
+    """Reliability diagrams, and mean confidence against DSC of every test image, one row per recipe.
+
+    Args:
+        bins: rows of calibration.reliability; per_image: rows of class ``mean``; both of one rate.
+    """
+    cohort = bins["cohort"].iloc[0]
+    recipes = [recipe for recipe in bins["recipe"].unique() if recipe != "-"]
+    figure, axes = plt.subplots(len(recipes), 2, figsize=(9, 4 * len(recipes)), squeeze=False)
+    for (left, right), recipe in zip(axes, recipes):
+        left.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
+        for method in methods:
+            chosen = lambda frame: frame[(frame["cohort"] == cohort) & (frame["recipe"] == recipe)
+                                         & (frame["method"] == method)]
+            pooled, images = pool(chosen(bins)), chosen(per_image)
+            if not len(pooled):
+                continue
+            left.plot(pooled["probability"], pooled["frequency"], marker=".", label=method, color=METHOD_COLOURS[method])
+            right.scatter(images["confidence"], images["dsc"], s=6, alpha=0.5, label=method, color=METHOD_COLOURS[method])
+        left.set(title=f"recipe {recipe}", xlabel="probability of a pixel", ylabel="share truly foreground")
+        right.set(xlabel="mean confidence of an image", ylabel="DSC")
+        left.legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def cases(experiment, masks, per_image):
+    """For every method the test images with its best, median and worst DSC.
+
+    Args:
+        experiment: Experiment.
+        masks: dictionary of method to its masks of the test images.
+        per_image: rows of class ``mean``.
+    """
+    index = experiment.cohort.index("test")
+    figure, axes = plt.subplots(3, len(masks), figsize=(1.9 * len(masks), 6.4), squeeze=False)
+    for column, (method, predicted) in zip(axes.T, masks.items()):
+        rows = per_image[(per_image["method"] == method) & (per_image["recipe"] == experiment.settings.recipe)
+                         & per_image["slice"].isin(index)].sort_values("dsc")
+        for ax, (name, position) in zip(column, (("best", -1), ("median", len(rows) // 2), ("worst", 0))):
+            row = rows.iloc[position]
+            at = int(np.flatnonzero(index == row["slice"])[0])
+            truth = experiment.data.masks[index[at]]
+            draw(ax, experiment.data.images[index[at]], truth, f"{method}, {name}\nDSC {row['dsc']:.3f}, HD {row['hd']:.1f}")
+            outline(ax, predicted[at], OTHER)
+    figure.tight_layout()
+    return figure
+
+
+def around(truth, margin=0.75):
+    """The window around a mask ``(classes, height, width)``, with a margin in sizes of it, as slices."""
+    marked = np.argwhere(truth.reshape(-1, *truth.shape[-2:]).any(axis=0))
+    low, high = marked.min(axis=0), marked.max(axis=0)
+    room = int(margin * (high - low).max()) + 2
+    return tuple(slice(max(0, a - room), b + room + 1) for a, b in zip(low, high))
+
+
+def over_time(image, truth, watched, columns=5):
+    """Masks of one image at several steps of a training; ``watched`` as Fit has it."""
+    chosen = [watched[round(k)] for k in np.linspace(0, len(watched) - 1, min(columns, len(watched)))]
+    figure, axes = plt.subplots(1, len(chosen), figsize=(2 * len(chosen), 2.3), squeeze=False)
+    window = around(array(truth))
+    for ax, (step, mask) in zip(axes[0], chosen):
+        draw(ax, array(image)[window], array(truth)[(..., *window)], f"step {step}", array(mask)[(..., *window)])
+    figure.tight_layout()
+    return figure
+
+
+def figure2(image, truth, blocks, teachers=None):
     """Figure 2 of P1: how the pseudo-masks of one unlabelled training image change over the rounds.
 
     Args:
         image: ``(height, width)``.
         truth: ``(classes, height, width)``, drawn as outline.
         blocks: dictionary of recipe to a list of PseudoMasks of this image, one per round, round 0 first.
-        margin: shown around the true mask, in sizes of it.
+        teachers: dictionary of label to (steps, masks), further rows.
     """
     image, truth = array(image), array(truth)
-    marked = np.argwhere(truth.reshape(-1, *image.shape).any(axis=0))
-    low, high = marked.min(axis=0), marked.max(axis=0)
-    room = int(margin * (high - low).max()) + 2
-    window = tuple(slice(max(0, a - room), b + room + 1) for a, b in zip(low, high))
-    rows = [(recipe, name, label) for recipe in blocks for name, label in
-            (("segmentation", "segmentation"), ("registration", "registration"), ("soft", "soft pseudo-mask"))]
-    columns = max(map(len, blocks.values()))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.7 * columns + 1.2, 1.75 * len(rows)), squeeze=False)
-    for line, (recipe, name, label) in zip(axes, rows):
-        for number, ax in enumerate(line):
-            if number >= len(blocks[recipe]):
-                ax.axis("off")
-                continue
-            heat = array(getattr(blocks[recipe][number], name))
-            draw(ax, image[window], truth[(..., *window)], f"iteration {number}" if ax in axes[0] else "",
-                 heat[(..., *window)])
-        line[0].set_ylabel(f"{recipe} recipe\n{label}", fontsize=8)
+    window = around(truth)
+    rows = []
+    for recipe, rounds in blocks.items():
+        for name in ("segmentation", "registration", "soft"):
+            label = f"{recipe} recipe\n{'soft pseudo-mask' if name == 'soft' else name}"
+            rows.append((label, [(f"iteration {k}", getattr(masks, name)) for k, masks in enumerate(rounds)]))
+    for label, (steps, masks) in (teachers or {}).items():
+        rows.append((label, [(f"step {step}", mask) for step, mask in zip(steps, masks)]))
+    columns = max(len(cells) for _, cells in rows)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.7 * columns + 1.2, 1.9 * len(rows)), squeeze=False)
+    for line, (label, cells) in zip(axes, rows):
+        for ax in line[len(cells):]:
+            ax.axis("off")
+        for ax, (title, mask) in zip(line, cells):
+            draw(ax, image[window], truth[(..., *window)], title, array(mask)[(..., *window)])
+        line[0].set_ylabel(label, fontsize=8)
     figure.tight_layout(rect=(0, 0, 0.93, 1))
     bar = figure.add_axes((0.945, 0.3, 0.012, 0.4))
     figure.colorbar(plt.cm.ScalarMappable(cmap="inferno"), cax=bar, label="pseudo-mask")

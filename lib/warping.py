@@ -79,3 +79,8 @@ def jacobian_determinant(displacement):
 def folding(displacement):
     """Share of pixels with a non-positive Jacobian determinant, per field: ``(batch,)`` in [0, 1]."""
     return (jacobian_determinant(displacement) <= 0).float().mean(dim=(1, 2))
+
+
+def inverse_consistency_error(there, back):
+    """Mean distance in pixels by which going there and back again misses the start, per pair of fields: ``(batch,)``."""
+    return compose(there, back).square().sum(dim=1).sqrt().mean(dim=(1, 2))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import data, evaluation, experiment, params, training
+from lib import data, evaluation, experiment, joint_plus, mean_teacher, params, rounds, tables, training
 
 
 def made_up_cohort(slices=30, side=32, classes=("ellipse",)):
@@ -44,62 +44,74 @@ def same_weights(first, second):
 
 
 def test_the_same_seed_gives_the_same_numbers(trial, tmp_path, monkeypatch):
-    network, history = training.pretrain_segmentation(trial)
+    network, fit = training.pretrain_segmentation(trial)
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / "again"))
     made_up_cohort().save(experiment.cohort_file(trial.settings))
-    again, history_again = training.pretrain_segmentation(experiment.Experiment(trial.settings))
+    again, fit_again = training.pretrain_segmentation(experiment.Experiment(trial.settings))
     assert same_weights(network, again)
-    pd.testing.assert_frame_equal(history, history_again)
+    pd.testing.assert_frame_equal(fit.history, fit_again.history)
 
 
 @pytest.mark.parametrize("recipe", params.RECIPES)
 def test_segmentation_learns_ellipses(trial, recipe):
     settings = params.load(recipe)
-    settings.segmentation["epochs"] = 120
+    settings.segmentation |= {"epochs": 120, "max_steps": 120}
     settings.segmentation["learning_rate"] = 0.003
     trial = experiment.Experiment(settings)
-    network, history = training.pretrain_segmentation(trial)
-    assert history["validation"].max() > 0.8
-    assert training.validation_dice(trial, network) == pytest.approx(history["validation"].max())
+    network, fit = training.pretrain_segmentation(trial)
+    best = fit.history["validation"].max()
+    assert best > 0.8
+    assert training.validation_dice(trial, network) == pytest.approx(best)
 
 
 def test_joint_rounds_measure_save_and_resume(trial):
     training.pretrain_segmentation(trial)
     training.pretrain_registration(trial)
-    rounds = training.joint_rounds(trial)
-    assert rounds.measured["round"].tolist() == [0, 0, 1, 1]
-    assert rounds.measured["split"].tolist() == ["validation", "unlabelled"] * 2
+    first = rounds.joint_rounds(trial)
+    assert first.measured["round"].tolist() == [0, 0, 1, 1]
+    assert first.measured["split"].tolist() == ["validation", "unlabelled"] * 2
     (segmentation, _), _ = experiment.load_round(trial, 0)
     assert same_weights(segmentation, experiment.load_pretrained(trial)[0])
-    again = training.joint_rounds(trial)  # everything is there already: same numbers
-    pd.testing.assert_frame_equal(rounds.measured, again.measured)
-    pd.testing.assert_frame_equal(rounds.history, again.history)
+    again = rounds.joint_rounds(trial)  # everything is there already: same numbers
+    pd.testing.assert_frame_equal(first.measured, again.measured)
+    pd.testing.assert_frame_equal(first.history, again.history)
 
 
-def test_several_classes_from_training_to_table(trial):
+def test_several_classes_from_training_to_tables_by_every_method(trial):
     made_up_cohort(side=36, classes=("left", "right")).save(experiment.cohort_file(trial.settings))
     trial = experiment.Experiment(trial.settings)  # 36 pixels: not a multiple of 16
     training.pretrain_segmentation(trial)
     training.pretrain_registration(trial)
-    training.joint_rounds(trial)
-    per_image = evaluation.evaluate(trial, "test")
+    rounds.joint_rounds(trial)
+    mean_teacher.train_mean_teacher(trial)
+    joint_plus.joint_plus_rounds(trial)
+    found, classical = evaluation.evaluate(trial), evaluation.evaluate_classical(trial)
+    per_image = pd.concat([found.per_image, classical.per_image], ignore_index=True)
     assert set(per_image["class"]) == {"left", "right"} and set(per_image["method"]) == set(evaluation.METHODS)
-    table = evaluation.table(per_image)
-    assert table["class"].tolist() == ["mean"] * 4 + ["left", "right"] * 4
-    assert table["n_test"].unique().tolist() == [len(trial.cohort.index("test"))]
-    assert evaluation.evaluate(trial, "unseen").empty
-    assert set(" ".join(evaluation.rounds([trial])["best_for"]).split()) == {"joint", "registration", "combined"}
+    assert per_image["confidence"].between(0.5, 1).all() and (found.per_image["seconds"] > 0).all()
+    assert set(found.masks) == set(evaluation.METHODS) - {"classical"}
+    best = set(" ".join(evaluation.rounds(trial)["best_for"]).split())
+    assert best == {"joint", "registration", "combined", "joint+", "registration+", "combined+"}
+    averaged = tables.average_classes(per_image)
+    table = tables.table1(averaged, tables.compare(averaged))
+    overall = table[(table["seed"] == "all") & (table["recipe"] == "strong")]
+    assert overall["class"].value_counts().to_dict() == {"mean": 8, "left": 8, "right": 8}
+    assert overall["n_test"].unique().tolist() == [len(trial.cohort.index("test"))]
+    assert overall.loc[overall["class"] == "mean", "p_fs_holm"].notna().sum() == 7
+    assert len(tables.calibrated(averaged, pd.concat([found.reliability, classical.reliability]))) == 9
 
 
 SCRIPT = """
 import sys
-from lib import experiment, params, training
+from lib import experiment, joint_plus, mean_teacher, params, rounds, training
 training.CHECKPOINT_SECONDS = 0
 trial = experiment.Experiment(params.load("strong"))
-trial.settings.segmentation["epochs"] = 80
+trial.settings.segmentation |= {"epochs": 80, "max_steps": 80}
 training.pretrain_segmentation(trial)
 training.pretrain_registration(trial)
-training.joint_rounds(trial)
+rounds.joint_rounds(trial)
+mean_teacher.train_mean_teacher(trial)
+joint_plus.joint_plus_rounds(trial)
 """
 
 
@@ -127,11 +139,11 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch
         monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / name))
         made_up_cohort().save(experiment.cohort_file(params.load("strong")))
     run_script(tmp_path / "whole")
-    for checkpoints in (2, 5, 3):
+    for checkpoints in (2, 5, 3, 4):
         run_script(tmp_path / "killed", checkpoints)
     run_script(tmp_path / "killed")
     models = [sorted((tmp_path / name / "work" / "models").rglob("*.pt")) for name in ("whole", "killed")]
-    assert len(models[0]) == 4 and [f.name for f in models[0]] == [f.name for f in models[1]]
+    assert len(models[0]) == 7 and [f.name for f in models[0]] == [f.name for f in models[1]]
     assert [f.read_bytes() for f in models[0]] == [f.read_bytes() for f in models[1]]
 
 

@@ -1,0 +1,176 @@
+"""joint+: joint training that a strong supervised network gains from too.
+
+P1 averages all masks with equal weight and trains on the average. Where one network is much better than the other,
+that average drags it down. Here instead
+
+- registration makes *training pairs*: a labelled image and its mask, warped by the same field onto the anatomy of an
+  unlabelled image. However good the field is, the pair is exact;
+- soft pseudo-masks are *fused by reliability*, the weight of either network chosen on the validation images;
+- labelled images keep a fixed share of every batch, all images are augmented in all rounds, and the average of the
+  weights over the steps is what is validated and tested.
+"""
+
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+
+from lib.augment import augment
+from lib.evaluation import dice
+from lib.experiment import code_of, load_pretrained, save_cost
+from lib.losses import soft_dice_loss
+from lib.mean_teacher import MeanTeacher
+from lib.params import fingerprint
+from lib.pseudo_masks import draw_sources, fuse
+from lib.rounds import Rounds, measure, save_round
+from lib.training import draw_indices, fit, sums_of, train_registration, validation_dice, weights_digest
+from lib.warping import warp
+
+WEIGHTS = torch.linspace(0, 1, 21)
+
+
+def fusion_weight(masks, truth):
+    """The weight of the segmentation masks at which fused masks have the highest mean DSC.
+
+    Args:
+        masks: PseudoMasks of the validation images; truth: their true masks.
+
+    Returns:
+        Float in [0, 1]; of equally good weights the one nearest to one half, P1's plain mean.
+    """
+    scores = torch.tensor([float(dice(fuse(masks, weight).soft, truth).mean()) for weight in WEIGHTS.tolist()])
+    good = WEIGHTS[scores >= scores.max() - 1e-6]
+    return float(good[(good - 0.5).abs().argmin()])
+
+
+class Pairs(NamedTuple):
+    """Fields that take labelled images to unlabelled anatomy."""
+
+    sources: torch.Tensor  # (n,) positions among the labelled images
+    fields: torch.Tensor  # (n, 2, height, width)
+
+    def draw(self, images, masks, count, generator):
+        """``count`` of the labelled images and masks, each warped by a field that was made for it."""
+        index = draw_indices(len(self.sources), count, generator)
+        chosen = self.sources[index]
+        return warp_pairs(images[chosen], masks[chosen], self.fields[index])
+
+
+def warp_pairs(images, masks, fields):
+    """Images and their masks, both warped by the same fields: (images, masks)."""
+    both = warp(torch.cat((images, masks), 1), fields)
+    return both[:, :1], both[:, 1:]
+
+
+@torch.no_grad()
+def make_pairs(experiment, network, per_image, number):
+    """Pairs by ``network`` (MrRegNet): ``per_image`` random labelled images registered to every unlabelled image."""
+    network.eval()
+    data, numerics = experiment.data, experiment.numerics
+    generator = numerics.generator(experiment.settings.seed, "pairs", number)
+    per_image = min(per_image, len(data.labelled))
+    sources = draw_sources(len(data.unlabelled), len(data.labelled), per_image, generator).T.flatten()
+    targets = data.unlabelled.repeat(per_image)
+    fields = []
+    for chosen, index in zip(sources.split(numerics.batch(data.images)), targets.split(numerics.batch(data.images))):
+        with numerics.autocast():
+            fields.append(network.register(data.images[data.labelled[chosen]], data.images[index]))
+    return Pairs(sources, torch.cat(fields))
+
+
+def train_on_mixture(experiment, network, pairs, soft, number):
+    """Continue the segmentation network on batches of labelled images, warped pairs and pseudo-labelled images.
+
+    Args:
+        network: ResidualUNet, trained in place.
+        pairs: Pairs, or None.
+        soft: soft masks of the unlabelled images, or None.
+        number: of the round.
+
+    Returns:
+        Fit. The network ends with the (averaged) weights that were best on the validation images.
+    """
+    settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
+    options, recipe = settings.joint_plus, settings.segmentation
+    labelled, masks, unlabelled = data.images[data.labelled], data.masks[data.labelled], data.images[data.unlabelled]
+    free = [part for part in ("pairs", "pseudo") if (pairs if part == "pairs" else soft) is not None]
+    fixed = round(options.labelled * options.batch) if free else options.batch
+    counts = {part: (options.batch - fixed + k) // len(free) for k, part in enumerate(free)}
+    networks = numerics.place(MeanTeacher(network, options.decay))
+    tested = networks.teacher if options.decay else networks.student
+
+    def batch_loss(generator, step):
+        index = draw_indices(len(labelled), fixed, generator)
+        images, targets = [labelled[index]], [masks[index]]
+        if "pairs" in counts:
+            warped = pairs.draw(labelled, masks, counts["pairs"], generator)
+            images.append(warped[0])
+            targets.append(warped[1])
+        if "pseudo" in counts:
+            index = draw_indices(len(unlabelled), counts["pseudo"], generator)
+            images.append(unlabelled[index])
+            targets.append(soft[index])
+        images, targets = torch.cat(images), torch.cat(targets)
+        if recipe.augmentation == "strong":
+            images, targets = augment(images, targets, generator, settings.augmentation, data.symmetric)
+        with numerics.autocast():
+            prediction = networks.student.segment(images)
+        return {"loss": soft_dice_loss(prediction, targets)}
+
+    key = fingerprint(
+        experiment.origin, code_of("joint_plus", "mean_teacher"), options, recipe, number, weights_digest(network),
+        sums_of(labelled, masks, soft, pairs and pairs.fields.square()),
+    )
+    found = fit(
+        networks, batch_loss, steps=options.segmentation_steps, peak=options.learning_rate,
+        schedule=recipe.schedule, weight_decay=recipe.weight_decay,
+        generator=numerics.generator(settings.seed, "joint+", number), key=key,
+        label=f"round {number}: segmentation", validate=lambda trained: validation_dice(experiment, tested),
+        after_step=networks.update,
+    )
+    network.load_state_dict(tested.state_dict())
+    return found
+
+
+def joint_plus_rounds(experiment):
+    """Rounds of joint+, from the two pre-trained networks.
+
+    Returns:
+        Rounds. All of them are saved under work/models; the best on the validation images is tested.
+    """
+    settings, data = experiment.settings, experiment.data
+    options = settings.joint_plus
+    networks = load_pretrained(experiment)
+    images = torch.cat((data.images[data.labelled], data.images[data.unlabelled]))
+    truth = data.masks[data.validation]
+    rows, histories, seconds = [], [], 0.0
+    for number in range(options.rounds + 1):
+        masks = {split: experiment.generate(networks, data.images[getattr(data, split)],
+                                            f"round {number}: {split} images", "joint+", split, number)
+                 for split in ("validation", "unlabelled")}
+        weight = fusion_weight(masks["validation"], truth) if options.fusion == "validation" else 0.5
+        masks = {split: fuse(found, weight) for split, found in masks.items()}
+        measured = [{**measure(experiment, networks, masks[split], split, number), "weight": weight}
+                    for split in masks]
+        rows += measured
+        save_round(experiment, "joint_plus", number, networks, measured, weight=weight)
+        if number == options.rounds:
+            break
+        soft, after = masks["unlabelled"].soft, number + 1
+        segmentation, registration = networks
+        if options.guidance:
+            guides = torch.cat((data.masks[data.labelled], soft))
+            found = train_registration(
+                experiment, registration, images, guides, steps=options.registration_steps,
+                peak=options.registration_learning_rate, label=f"round {after}: registration",
+                names=("joint+", "registration", after),
+                smoothness=[options.smoothness * value for value in settings.registration.smoothness],
+            )
+            seconds += found.seconds
+            histories.append(found.history.assign(round=after, network="registration"))
+        pairs = make_pairs(experiment, registration, options.pairs_per_image, after) if options.pairs else None
+        found = train_on_mixture(experiment, segmentation, pairs, soft if options.pseudo_labels else None, after)
+        seconds += found.seconds
+        histories.append(found.history.assign(round=after, network="segmentation"))
+    save_cost(experiment, "joint_plus", seconds)
+    return Rounds(pd.DataFrame(rows), pd.concat(histories, ignore_index=True))

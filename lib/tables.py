@@ -1,0 +1,288 @@
+"""Tables: Table 1 with its statistics, the paper's figures beside ours, the ablation, calibration."""
+
+import numpy as np
+import pandas as pd
+
+from lib import calibration, statistics
+from lib.data import DataError
+from lib.evaluation import METHODS
+from lib.params import RECIPES, output_root, results_folder
+
+GROUP = ["cohort", "recipe", "method", "class", "rate", "n_labelled"]
+SCORES = ("dsc", "hd", "hd95")
+PAIRS = [*((method, "fs") for method in METHODS[1:]), ("combined", "mt"), ("combined+", "mt"),
+         ("combined+", "joint+"), ("combined+", "registration+")]
+
+KEYS = ["cohort", "recipe", "rate", "seed", "variant"]
+ROUNDS = [*KEYS, "stage", "round", "split", "n", "dsc_segmentation", "dsc_registration", "dsc_pseudo_masks",
+          "mean_confidence", "folding", "weight", "best_for"]
+REGISTRATION = [*KEYS, "stage", "round", "split", "n", "dsc_unregistered", "dsc_single", "gncc_before", "gncc_after",
+                "folding", "inverse_consistency"]
+
+# Table 1 of P1: method, rate -> DSC mean, sd, HD mean, sd
+PAPER = {
+    ("fs", 1): (0.58, 0.27, 32.76, 45.33), ("fs", 10): (0.83, 0.15, 14.44, 22.39),
+    ("fs", 50): (0.92, 0.05, 10.06, 21.40), ("fs", 100): (0.93, 0.02, 8.43, 19.70),
+    ("mt", 1): (0.47, 0.31, 80.45, 61.74), ("mt", 10): (0.85, 0.09, 14.16, 24.96),
+    ("mt", 50): (0.90, 0.06, 11.21, 22.03), ("joint", 1): (0.85, 0.05, 12.87, 17.97),
+    ("joint", 10): (0.86, 0.06, 11.90, 18.47), ("joint", 50): (0.92, 0.05, 9.84, 21.64),
+    ("combined", 1): (0.84, 0.05, 11.60, 18.57), ("combined", 10): (0.87, 0.04, 11.26, 18.77),
+    ("combined", 50): (0.92, 0.03, 8.99, 19.56),
+}
+
+
+def folders(settings):
+    """Where results of single experiments lie: those of the grid, then the pipeline's own, which take precedence."""
+    grid = output_root() / "results" / "grid" / settings.cohort
+    return [*sorted(grid.glob("*/")), *sorted((results_folder(settings) / "items").glob("*/"))]
+
+
+def collect(settings):
+    """All results of a cohort: (per image, reliability bins, rounds), one experiment once.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = []
+    for name in ("per_image", "reliability", "rounds"):
+        frames = []
+        for folder in folders(settings):
+            if (folder / f"{name}.csv").exists():
+                frame = pd.read_csv(folder / f"{name}.csv", dtype={"subject": str, "variant": str},
+                                    keep_default_na=False, na_values=[""])
+                frame["variant"] = frame["variant"].fillna("")
+                frames.append(frame)
+        if not frames:
+            raise DataError(f"no {name}.csv under {folders(settings) or results_folder(settings)}: run notebooks 2 to 7 first")
+        late = {key: number for number, frame in enumerate(frames) for key in frame[owner(frame)].itertuples(index=False)}
+        kept = [frame[[late[key] == number for key in frame[owner(frame)].itertuples(index=False)]]
+                for number, frame in enumerate(frames)]
+        found.append(pd.concat(kept, ignore_index=True))
+    if "weight" not in found[2]:
+        found[2]["weight"] = np.nan
+    return found
+
+
+def owner(frame):
+    """Columns that say which experiment a row belongs to."""
+    return [column for column in (*KEYS, "method") if column in frame]
+
+
+def collect_watched(settings):
+    """Masks of Mean Teacher's teacher as it learnt, of the settings' seed: dictionary of label to (steps, masks)."""
+    found = {}
+    for folder in folders(settings):
+        for file in sorted(folder.glob("mean_teacher_*.npz")):
+            row = pd.read_csv(folder / "per_image.csv", nrows=1).iloc[0]
+            if row["seed"] == settings.seed:
+                with np.load(file) as archive:
+                    found[file.stem.removeprefix("mean_teacher_"), float(row["rate"])] = archive["steps"], archive["masks"]
+    return {f"MT, {rate:g} %\n{recipe} recipe": value for (recipe, rate), value in sorted(found.items())}
+
+
+def average_classes(per_image):
+    """``per_image`` with a row of class ``mean`` per image and method added: the average over foreground classes."""
+    keys = [c for c in per_image.columns if c not in ("class", *SCORES, "empty")]
+    means = per_image.groupby(keys, sort=False, as_index=False, dropna=False).agg(
+        dsc=("dsc", "mean"), hd=("hd", "mean"), hd95=("hd95", "mean"), empty=("empty", "any")
+    )
+    return pd.concat([means.assign(**{"class": "mean"}), per_image], ignore_index=True)[per_image.columns]
+
+
+def in_order(table):
+    """Rows by cohort, recipe, rate, class and method, as a reader expects them."""
+    rank = {name: number for number, name in enumerate([*RECIPES, *METHODS])}
+    key = lambda column: column.map(rank).fillna(99) if column.name in ("recipe", "method") else (
+        column != "mean" if column.name == "class" else column)
+    return table.sort_values(["cohort", "recipe", "rate", "class", "method"], key=key, kind="stable", ignore_index=True)
+
+
+def compare(per_image):
+    """Paired tests of PAIRS; see statistics.compare. The classical reference is compared with fs of every recipe.
+
+    Args:
+        per_image: rows of class ``mean`` among them (average_classes), without variants.
+    """
+    classical = per_image["method"] == "classical"
+    recipes = per_image.loc[~classical, "recipe"].unique()
+    copies = [per_image[classical].assign(recipe=recipe) for recipe in recipes]
+    return statistics.compare(pd.concat([per_image[~classical], *copies]), PAIRS)
+
+
+def table1(per_image, comparisons):
+    """Table 1: mean and standard deviation over test images, of every seed and over all seeds.
+
+    Args:
+        per_image: rows of average_classes, without variants.
+        comparisons: of ``compare``.
+
+    Returns:
+        pandas.DataFrame. Rows with seed ``all`` are over all n_seeds: means over test images and seeds, sd over all
+        of them, and dsc_seed_sd, hd_seed_sd, the sd of the seeds' means. Those of class ``mean`` also have the 95 %
+        interval of the DSC over subjects (dsc_low, dsc_high) and the tests against fs of the same recipe (p_fs,
+        p_fs_holm, effect_fs) and of combined against mt (p_mt), of the DSC; star is the paper's, p_mt below 0.05.
+    """
+    summary = {"n_test": ("dsc", "size"), "n_empty": ("empty", "sum"), "train_seconds": ("seconds", "mean"),
+               "device": ("device", "first")}
+    for name in SCORES:
+        summary |= {f"{name}_mean": (name, "mean"), f"{name}_sd": (name, "std")}
+    by_seed = per_image.groupby([*GROUP, "seed"], sort=False).agg(**summary).reset_index()
+    overall = per_image.groupby(GROUP, sort=False).agg(**summary, n_seeds=("seed", "nunique")).reset_index()
+    overall["n_test"] //= overall["n_seeds"]
+    spread = by_seed.groupby(GROUP, sort=False)[["dsc_mean", "hd_mean"]].std().reset_index()
+    overall = overall.merge(spread.rename(columns={"dsc_mean": "dsc_seed_sd", "hd_mean": "hd_seed_sd"}), on=GROUP)
+    overall = overall.merge(intervals(per_image), on=["cohort", "recipe", "rate", "method", "class"], how="left")
+    tested = comparisons[comparisons["metric"] == "dsc"] if len(comparisons) else pd.DataFrame(
+        columns=["cohort", "recipe", "rate", "method", "reference", "p", "p_holm", "effect"])
+    keys = ["cohort", "recipe", "rate", "method"]
+    for reference, names in (("fs", {"p": "p_fs", "p_holm": "p_fs_holm", "effect": "effect_fs"}), ("mt", {"p": "p_mt"})):
+        rows = tested[tested["reference"] == reference][[*keys, *names]].rename(columns=names)
+        overall = overall.merge(rows.assign(**{"class": "mean"}), on=[*keys, "class"], how="left")
+    overall["star"] = np.where(overall["p_mt"].astype(float) < 0.05, "*", "")
+    whole = pd.concat([overall.assign(seed="all"), by_seed.assign(n_seeds=1)], ignore_index=True)
+    ordered = ["cohort", "method", "recipe", "class", "rate", "n_labelled", "seed", "n_seeds", "n_test",
+               *(f"{name}_{what}" for name in SCORES for what in ("mean", "sd")), "n_empty"]
+    return in_order(whole[[*ordered, *(c for c in whole.columns if c not in ordered)]])
+
+
+def intervals(per_image):
+    """95 % bootstrap intervals of the mean DSC over subjects, of class ``mean``."""
+    rows = []
+    mean = per_image[per_image["class"] == "mean"]
+    for (cohort, recipe, rate), group in mean.groupby(["cohort", "recipe", "rate"], sort=False):
+        for method, values in statistics.per_subject(group, "dsc").items():
+            low, high = statistics.interval(values.dropna())
+            rows.append({"cohort": cohort, "recipe": recipe, "rate": rate, "method": method, "class": "mean",
+                         "dsc_low": low, "dsc_high": high})
+    return pd.DataFrame(rows)
+
+
+def spread(row, name, digits):
+    """``mean ± sd`` of a row of Table 1."""
+    return f"{row[name + '_mean']:.{digits}f} ± {row[name + '_sd']:.{digits}f}"
+
+
+def as_markdown(rows):
+    """Rows (dictionaries or a frame) as a Markdown table, cells as they are."""
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def markdown(table):
+    """Table 1 for reading: mean ± sd over test images and seeds, the spread of seeds, and the test against fs.
+
+    With one foreground class its rows would repeat those of ``mean``, so they are left out.
+    """
+    table = table[table["seed"].astype(str) == "all"]
+    several = table.groupby("cohort")["class"].transform("nunique") > 2
+    rows = []
+    for _, row in table[(table["class"] == "mean") | several].iterrows():
+        p = row["p_fs_holm"]
+        rows.append({
+            "cohort": row["cohort"], "labelled": f"{row['n_labelled']} ({row['rate']:g} %)", "recipe": row["recipe"],
+            "method": row["method"], **({"class": row["class"]} if several.any() else {}),
+            "seeds": row["n_seeds"], "n": row["n_test"], "DSC": spread(row, "dsc", 3) + (" " + row["star"]).rstrip(),
+            "sd of seeds": "" if pd.isna(row["dsc_seed_sd"]) else f"{row['dsc_seed_sd']:.3f}",
+            "HD (px)": spread(row, "hd", 2), "HD95 (px)": spread(row, "hd95", 2), "empty": row["n_empty"],
+            "p against fs": "" if pd.isna(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
+        })
+    return as_markdown(rows)
+
+
+def beside_the_paper(table):
+    """Our Table 1 beside the paper's, which is from other data: one row per method and rate."""
+    table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean")]
+    ours = table[~table["cohort"].str.contains("unseen")]
+    rows = []
+    for rate in sorted(set(ours["rate"]) | {1}):
+        for method in METHODS:
+            found = ours[(ours["rate"] == rate) & (ours["method"] == method)].set_index("recipe")
+            paper = PAPER.get((method, rate))
+            if not len(found) and not paper:
+                continue
+            row = {"method": method, "rate": f"{rate:g} %"}
+            for name, at, digits in (("DSC", 0, 2), ("HD", 2, 2)):
+                for recipe in ours["recipe"].unique():
+                    if recipe in found.index:
+                        row[f"{name}, {recipe}"] = spread(found.loc[recipe], name.lower(), digits)
+                    else:
+                        row[f"{name}, {recipe}"] = ""
+                row[f"{name}, the paper (other data)"] = f"{paper[at]:.2f} ± {paper[at + 1]:.2f}" if paper else ""
+            rows.append(row)
+    return as_markdown(rows)
+
+
+def ablation(per_image, rounds):
+    """What each part of joint+ brings: joint+ and combined+ as they stand and without it, over the same seeds.
+
+    Args:
+        per_image: rows of average_classes, variants among them.
+        rounds: rows of rounds.csv, variants among them.
+
+    Returns:
+        pandas.DataFrame, one row per variant: DSC and HD on the test images of joint+ and combined+, the difference
+        of joint+'s DSC from the full one with its p (Wilcoxon over subjects) and the validation DSC that decided.
+    """
+    test = per_image[(per_image["class"] == "mean") & ~per_image["cohort"].str.contains("unseen")]
+    variants = test[test["variant"] != ""]
+    rows = []
+    for (cohort, recipe, rate), group in variants.groupby(["cohort", "recipe", "rate"], sort=False):
+        for variant in ["", *group["variant"].unique()]:
+            same = (test["cohort"] == cohort) & (test["recipe"] == recipe) & (test["rate"] == rate)
+            seeds = group["seed"].unique() if variant == "" else group.loc[group["variant"] == variant, "seed"].unique()
+            chosen = test[same & (test["variant"] == variant) & test["seed"].isin(seeds)]
+            full = test[same & (test["variant"] == "") & test["seed"].isin(seeds) & (test["method"] == "joint+")]
+            row = {"cohort": cohort, "recipe": recipe, "rate": rate, "variant": variant or "joint+",
+                   "seeds": len(seeds)}
+            for method in ("joint+", "combined+"):
+                values = chosen[chosen["method"] == method]
+                row |= {f"{method} dsc": values["dsc"].mean(), f"{method} hd": values["hd"].mean()}
+            joint = chosen[chosen["method"] == "joint+"]
+            if variant and len(full) and len(joint):
+                values = [statistics.per_subject(f, "dsc")["joint+"] for f in (joint, full)]
+                row["difference"] = float((values[0] - values[1]).mean())
+                row["p"] = statistics.wilcoxon(*values)[0]
+            measured = rounds[(rounds["variant"] == variant) & (rounds["stage"] == "joint+") & (rounds["rate"] == rate)
+                              & (rounds["recipe"] == recipe) & (rounds["split"] == "validation")
+                              & rounds["seed"].isin(seeds)]
+            row["validation dsc"] = measured.groupby("seed")["dsc_segmentation"].max().mean()
+            rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["cohort", "recipe", "rate", "variant", "seeds"])
+
+
+def ablation_markdown(table):
+    """The ablation for reading; says so where it has not been run."""
+    if not len(table):
+        return "The ablation has not been run: `dvc exp run -S 'grid.variants=[...]'`, see params.yaml.\n"
+    rows = []
+    for _, row in table.iterrows():
+        p = row.get("p", np.nan)
+        rows.append({
+            "cohort": row["cohort"], "rate": f"{row['rate']:g} %", "variant": row["variant"], "seeds": row["seeds"],
+            "validation DSC": f"{row['validation dsc']:.3f}", "joint+ DSC": f"{row['joint+ dsc']:.3f}",
+            "joint+ HD": f"{row['joint+ hd']:.2f}", "combined+ DSC": f"{row['combined+ dsc']:.3f}",
+            "combined+ HD": f"{row['combined+ hd']:.2f}",
+            "difference": "" if pd.isna(row.get("difference", np.nan)) else f"{row['difference']:+.4f}",
+            "p": "" if pd.isna(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
+        })
+    return as_markdown(rows)
+
+
+def calibrated(per_image, bins):
+    """Calibration and quality control of every method, all seeds together: one row per cohort, recipe, rate, method."""
+    keys = ["cohort", "recipe", "rate", "method"]
+    images = per_image[(per_image["class"] == "mean") & (per_image["variant"] == "")].groupby(keys, sort=False)
+    rows = []
+    for key, group in bins[bins["variant"] == ""].groupby(keys, sort=False):
+        control = images.get_group(key)
+        rows.append({**dict(zip(keys, key)), "seeds": group["seed"].nunique(), **calibration.errors(group),
+                     **calibration.quality_control(control["confidence"], control["dsc"])})
+    return pd.DataFrame(rows)
+
+
+def metrics(table):
+    """Nested figures for `dvc metrics`: cohort, recipe, rate, method, then dsc, hd and hd95, of class ``mean``."""
+    tree = {}
+    for _, row in table[(table["class"] == "mean") & (table["seed"].astype(str) == "all")].iterrows():
+        leaf = tree.setdefault(row["cohort"], {}).setdefault(row["recipe"], {}).setdefault(f"{row['rate']:g} %", {})
+        leaf[row["method"]] = {name: round(float(row[f"{name}_mean"]), 6) for name in SCORES}
+    return tree
