@@ -126,7 +126,8 @@ def predict(experiment, images, split):
         masks = {}
         for number in sorted(set(chosen.values())):
             networks, kept = load_round(experiment, number, stage)
-            made = experiment.generate(networks, images, f"{split}, {stage} round {number}", "test", stage, split, number)
+            made = experiment.generate(networks, images, f"{split}, {stage} round {number}",
+                                       "test", stage, split, number)
             masks[number] = fuse(made, kept.get("weight", 0.5))
         for method, field in (("registration", "registration"), ("joint", "plain"), ("combined", "soft")):
             found[method + ending] = chosen[method], getattr(masks[chosen[method]], field), seconds

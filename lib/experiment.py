@@ -57,7 +57,7 @@ class Experiment:
         return self.numerics.place(network)
 
     def folder(self, stage):
-        """Where a stage keeps its weights and curves. Registration is pre-trained without masks: at any rate the same."""
+        """Where a stage keeps its weights and curves. Registration needs no masks: it is the same at any rate."""
         settings = self.settings
         at = [f"seed_{settings.seed}", *([] if stage == "registration" else [f"rate_{settings.rate:g}"])]
         own = [stage, settings.recipe] if stage == "registration" else [settings.recipe, stage]

@@ -30,7 +30,8 @@ class Item(NamedTuple):
 
     @property
     def name(self):
-        return "-".join(filter(None, (self.recipe, f"{self.rate:g}", f"seed_{self.seed}", self.variant.replace(" ", "_"))))
+        parts = self.recipe, f"{self.rate:g}", f"seed_{self.seed}", self.variant.replace(" ", "_")
+        return "-".join(filter(None, parts))
 
 
 def groups_of(settings):
@@ -118,7 +119,8 @@ def main():
     workers = max(1, min(settings.grid.workers, len(groups)))
     threads = max(1, (os.cpu_count() or 1) // workers)
     failures = []
-    with tqdm(total=total, initial=total - sum(map(len, missing)), desc=f"grid of {settings.cohort}", unit="item") as bar:
+    done = total - sum(map(len, missing))
+    with tqdm(total=total, initial=done, desc=f"grid of {settings.cohort}", unit="item") as bar:
 
         def work(group):
             for item in group:

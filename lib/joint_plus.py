@@ -23,7 +23,7 @@ from lib.mean_teacher import MeanTeacher
 from lib.params import fingerprint
 from lib.pseudo_masks import draw_sources, fuse
 from lib.rounds import Rounds, measure, save_round
-from lib.training import draw_indices, fit, sums_of, train_registration, validation_dice, weights_digest
+from lib.training import draw_indices, fit, steps_of, sums_of, train_registration, validation_dice, weights_digest
 from lib.warping import warp
 
 WEIGHTS = torch.linspace(0, 1, 21)
@@ -47,13 +47,31 @@ class Pairs(NamedTuple):
     """Fields that take labelled images to unlabelled anatomy."""
 
     sources: torch.Tensor  # (n,) positions among the labelled images
+    targets: torch.Tensor  # (n,) positions among the unlabelled images
     fields: torch.Tensor  # (n, 2, height, width)
 
-    def draw(self, images, masks, count, generator):
-        """``count`` of the labelled images and masks, each warped by a field that was made for it."""
+    def draw(self, images, masks, unlabelled, count, style, generator):
+        """``count`` of the labelled images and masks, each warped by a field that was made for it.
+
+        Args:
+            images, masks: the labelled ones; unlabelled: the images that the fields lead to.
+            style: share of the warped images that take on the grey values of the image that they are warped onto.
+        """
         index = draw_indices(len(self.sources), count, generator)
         chosen = self.sources[index]
-        return warp_pairs(images[chosen], masks[chosen], self.fields[index])
+        warped, warped_masks = warp_pairs(images[chosen], masks[chosen], self.fields[index])
+        if style:
+            styled = match_histogram(warped, unlabelled[self.targets[index]])
+            taken = torch.rand(count, generator=generator, device=generator.device) < style
+            warped = torch.where(taken[:, None, None, None], styled, warped)
+        return warped, warped_masks
+
+
+def match_histogram(images, references):
+    """Images ``(n, 1, height, width)`` whose grey values, in their order, are exchanged for those of ``references``."""
+    order = images.flatten(1).argsort(dim=1, stable=True)
+    values = references.flatten(1).sort(dim=1).values
+    return torch.empty_like(values).scatter_(1, order, values).reshape(images.shape)
 
 
 def warp_pairs(images, masks, fields):
@@ -64,7 +82,7 @@ def warp_pairs(images, masks, fields):
 
 @torch.no_grad()
 def make_pairs(experiment, network, per_image, number):
-    """Pairs by ``network`` (MrRegNet): ``per_image`` random labelled images registered to every unlabelled image."""
+    """Pairs by ``network`` (MrRegNet): ``per_image`` random labelled images, registered to every unlabelled one."""
     network.eval()
     data, numerics = experiment.data, experiment.numerics
     generator = numerics.generator(experiment.settings.seed, "pairs", number)
@@ -75,7 +93,7 @@ def make_pairs(experiment, network, per_image, number):
     for chosen, index in zip(sources.split(numerics.batch(data.images)), targets.split(numerics.batch(data.images))):
         with numerics.autocast():
             fields.append(network.register(data.images[data.labelled[chosen]], data.images[index]))
-    return Pairs(sources, torch.cat(fields))
+    return Pairs(sources, torch.arange(len(data.unlabelled), device=sources.device).repeat(per_image), torch.cat(fields))
 
 
 def train_on_mixture(experiment, network, pairs, soft, number):
@@ -103,7 +121,7 @@ def train_on_mixture(experiment, network, pairs, soft, number):
         index = draw_indices(len(labelled), fixed, generator)
         images, targets = [labelled[index]], [masks[index]]
         if "pairs" in counts:
-            warped = pairs.draw(labelled, masks, counts["pairs"], generator)
+            warped = pairs.draw(labelled, masks, unlabelled, counts["pairs"], options.style, generator)
             images.append(warped[0])
             targets.append(warped[1])
         if "pseudo" in counts:
@@ -122,8 +140,8 @@ def train_on_mixture(experiment, network, pairs, soft, number):
         sums_of(labelled, masks, soft, pairs and pairs.fields.square()),
     )
     found = fit(
-        networks, batch_loss, steps=options.segmentation_steps, peak=options.learning_rate,
-        schedule=recipe.schedule, weight_decay=recipe.weight_decay,
+        networks, batch_loss, steps=steps_of(options.segmentation_epochs, len(data.train), options.batch),
+        peak=options.learning_rate, schedule=recipe.schedule, weight_decay=recipe.weight_decay,
         generator=numerics.generator(settings.seed, "joint+", number), key=key,
         label=f"round {number}: segmentation", validate=lambda trained: validation_dice(experiment, tested),
         after_step=networks.update,
@@ -160,10 +178,10 @@ def joint_plus_rounds(experiment):
         segmentation, registration = networks
         if options.guidance:
             guides = torch.cat((data.masks[data.labelled], soft))
+            steps = steps_of(options.registration_epochs, len(images), settings.registration.batch)
             found = train_registration(
-                experiment, registration, images, guides, steps=options.registration_steps,
-                peak=options.registration_learning_rate, label=f"round {after}: registration",
-                names=("joint+", "registration", after),
+                experiment, registration, images, guides, steps=steps, peak=options.registration_learning_rate,
+                label=f"round {after}: registration", names=("joint+", "registration", after),
                 smoothness=[options.smoothness * value for value in settings.registration.smoothness],
             )
             seconds += found.seconds

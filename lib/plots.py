@@ -184,7 +184,8 @@ def label_efficiency(table1):
     """DSC and HD against the number of labelled images, one column per recipe; bands are the range over seeds."""
     table = table1[(table1["class"] == "mean") & ~table1["cohort"].str.contains("unseen")]
     recipes = [recipe for recipe in table["recipe"].unique() if (table["recipe"] == recipe).any() and recipe != "-"]
-    figure, axes = plt.subplots(2, len(recipes), figsize=(5 * len(recipes), 7), squeeze=False, sharey="row", sharex=True)
+    size = (5 * len(recipes), 7)
+    figure, axes = plt.subplots(2, len(recipes), figsize=size, squeeze=False, sharey="row", sharex=True)
     for column, recipe in zip(axes.T, recipes):
         for method, rows in table[table["recipe"].isin([recipe, "-"])].groupby("method", sort=False):
             seeds, every = rows[rows["seed"].astype(str) != "all"], rows[rows["seed"].astype(str) == "all"]
@@ -221,8 +222,9 @@ def reliability(bins, per_image, methods=("fs", "joint", "combined", "joint+", "
             pooled, images = pool(chosen(bins)), chosen(per_image)
             if not len(pooled):
                 continue
-            left.plot(pooled["probability"], pooled["frequency"], marker=".", label=method, color=METHOD_COLOURS[method])
-            right.scatter(images["confidence"], images["dsc"], s=6, alpha=0.5, label=method, color=METHOD_COLOURS[method])
+            look = {"label": method, "color": METHOD_COLOURS[method]}
+            left.plot(pooled["probability"], pooled["frequency"], marker=".", **look)
+            right.scatter(images["confidence"], images["dsc"], s=6, alpha=0.5, **look)
         left.set(title=f"recipe {recipe}", xlabel="probability of a pixel", ylabel="share truly foreground")
         right.set(xlabel="mean confidence of an image", ylabel="DSC")
         left.legend(fontsize=7)
@@ -247,7 +249,8 @@ def cases(experiment, masks, per_image):
             row = rows.iloc[position]
             at = int(np.flatnonzero(index == row["slice"])[0])
             truth = experiment.data.masks[index[at]]
-            draw(ax, experiment.data.images[index[at]], truth, f"{method}, {name}\nDSC {row['dsc']:.3f}, HD {row['hd']:.1f}")
+            title = f"{method}, {name}\nDSC {row['dsc']:.3f}, HD {row['hd']:.1f}"
+            draw(ax, experiment.data.images[index[at]], truth, title)
             outline(ax, predicted[at], OTHER)
     figure.tight_layout()
     return figure

@@ -53,8 +53,9 @@ def collect(settings):
                 frame["variant"] = frame["variant"].fillna("")
                 frames.append(frame)
         if not frames:
-            raise DataError(f"no {name}.csv under {folders(settings) or results_folder(settings)}: run notebooks 2 to 7 first")
-        late = {key: number for number, frame in enumerate(frames) for key in frame[owner(frame)].itertuples(index=False)}
+            raise DataError(f"no {name}.csv under {results_folder(settings) / 'items'}: run notebooks 2 to 7 first")
+        late = {key: number for number, frame in enumerate(frames)
+                for key in frame[owner(frame)].itertuples(index=False)}
         kept = [frame[[late[key] == number for key in frame[owner(frame)].itertuples(index=False)]]
                 for number, frame in enumerate(frames)]
         found.append(pd.concat(kept, ignore_index=True))
@@ -75,17 +76,17 @@ def collect_watched(settings):
         for file in sorted(folder.glob("mean_teacher_*.npz")):
             row = pd.read_csv(folder / "per_image.csv", nrows=1).iloc[0]
             if row["seed"] == settings.seed:
+                recipe = file.stem.removeprefix("mean_teacher_")
                 with np.load(file) as archive:
-                    found[file.stem.removeprefix("mean_teacher_"), float(row["rate"])] = archive["steps"], archive["masks"]
+                    found[recipe, float(row["rate"])] = archive["steps"], archive["masks"]
     return {f"MT, {rate:g} %\n{recipe} recipe": value for (recipe, rate), value in sorted(found.items())}
 
 
 def average_classes(per_image):
     """``per_image`` with a row of class ``mean`` per image and method added: the average over foreground classes."""
-    keys = [c for c in per_image.columns if c not in ("class", *SCORES, "empty")]
-    means = per_image.groupby(keys, sort=False, as_index=False, dropna=False).agg(
-        dsc=("dsc", "mean"), hd=("hd", "mean"), hd95=("hd95", "mean"), empty=("empty", "any")
-    )
+    averaged = {**dict.fromkeys((*SCORES, "confidence"), "mean"), "empty": "any"}
+    keys = [c for c in per_image.columns if c != "class" and c not in averaged]
+    means = per_image.groupby(keys, sort=False, as_index=False, dropna=False).agg(averaged)
     return pd.concat([means.assign(**{"class": "mean"}), per_image], ignore_index=True)[per_image.columns]
 
 
@@ -135,7 +136,8 @@ def table1(per_image, comparisons):
     tested = comparisons[comparisons["metric"] == "dsc"] if len(comparisons) else pd.DataFrame(
         columns=["cohort", "recipe", "rate", "method", "reference", "p", "p_holm", "effect"])
     keys = ["cohort", "recipe", "rate", "method"]
-    for reference, names in (("fs", {"p": "p_fs", "p_holm": "p_fs_holm", "effect": "effect_fs"}), ("mt", {"p": "p_mt"})):
+    columns = {"fs": {"p": "p_fs", "p_holm": "p_fs_holm", "effect": "effect_fs"}, "mt": {"p": "p_mt"}}
+    for reference, names in columns.items():
         rows = tested[tested["reference"] == reference][[*keys, *names]].rename(columns=names)
         overall = overall.merge(rows.assign(**{"class": "mean"}), on=[*keys, "class"], how="left")
     overall["star"] = np.where(overall["p_mt"].astype(float) < 0.05, "*", "")

@@ -82,5 +82,5 @@ def folding(displacement):
 
 
 def inverse_consistency_error(there, back):
-    """Mean distance in pixels by which going there and back again misses the start, per pair of fields: ``(batch,)``."""
+    """Mean distance in pixels by which there and back again misses the start, per pair of fields: ``(batch,)``."""
     return compose(there, back).square().sum(dim=1).sqrt().mean(dim=(1, 2))

@@ -1,7 +1,6 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from monai.metrics import DiceMetric, HausdorffDistanceMetric
@@ -50,18 +49,3 @@ def test_a_pixel_belongs_to_its_most_probable_class():
     assert hard[0, :, 0].tolist() == [[True, True], [False, False]]
     masks[0, 1, 0, 1] = 0.8
     assert evaluation.harden(masks)[0, :, 0].tolist() == [[True, False], [False, True]]
-
-
-def test_table_averages_classes_first_and_keeps_bad_results():
-    rows = [("fs", 0, "a", 1.0, 0.0, False), ("fs", 0, "b", 0.0, 8.0, True),
-            ("fs", 1, "a", 0.5, 2.0, False), ("fs", 1, "b", 0.5, 4.0, False)]
-    per_image = pd.DataFrame(rows, columns=["method", "slice", "class", "dsc", "hd", "empty"]).assign(
-        cohort="made up", recipe="paper", rate=1, n_labelled=5, seed=1, round=0, subject="s", hd95=0.0)
-    table = evaluation.table(per_image)
-    assert list(table.columns) == evaluation.COLUMNS
-    mean = table[table["class"] == "mean"].iloc[0]
-    assert (mean.n_test, mean.dsc_mean, mean.hd_mean, mean.n_empty) == (2, 0.5, 3.5, 1)
-    assert mean.hd_sd == pytest.approx(np.std([4, 3], ddof=1))
-    assert table["class"].tolist() == ["mean", "a", "b"]
-    assert "0.500 ± 0.000" in evaluation.markdown(table)
-    assert evaluation.metrics(table) == {"made up": {"paper": {"fs": {"dsc": 0.5, "hd": 3.5, "hd95": 0.0}}}}

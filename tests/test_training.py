@@ -175,7 +175,7 @@ def test_settings_data_and_seed_are_in_the_fingerprint(trial):
 def test_a_loss_that_is_not_finite_stops_with_a_message(trial):
     network = torch.nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        training.fit(network, lambda generator: {"loss": network.weight.sum() * math.nan}, steps=20, peak=0.1,
+        training.fit(network, lambda generator, step: {"loss": network.weight.sum() * math.nan}, steps=20, peak=0.1,
                      schedule="constant", weight_decay=0, generator=torch.Generator(), key="nan", label="made up")
 
 

@@ -75,3 +75,15 @@ def test_a_mirror_folds_everywhere():
     grid = warping.pixel_grid(16, 16, torch.device("cpu"))
     mirror = torch.cat((torch.zeros_like(grid[:, :1]), 15 - 2 * grid[:, 1:]), 1)
     assert float(warping.folding(mirror)) == 1
+
+
+def test_a_field_and_its_inverse_are_consistent():
+    there = smooth_displacement()
+    assert warping.inverse_consistency_error(there, warping.invert(there)).max() < 0.15
+    assert torch.equal(warping.inverse_consistency_error(0 * there, 0 * there), torch.zeros(2))
+
+
+def test_inconsistency_is_the_distance_by_which_the_start_is_missed():
+    there, back = torch.zeros(2, 1, 2, 16, 16)
+    there[:, 0], back[:, 1] = 3, 4
+    assert warping.inverse_consistency_error(there, back).item() == 5

@@ -1,0 +1,88 @@
+import json
+import subprocess
+
+import pandas as pd
+import pytest
+
+from lib import grid, params, tables
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    settings = params.load()
+    settings.grid |= {"rates": [1, 10, 100], "seeds": [1, 2], "variants": ["no pairs"]}
+    return settings
+
+
+def names(groups):
+    return [[item.name for item in group] for group in groups]
+
+
+def test_groups_share_a_registration_and_leave_out_what_the_pipeline_runs(settings):
+    assert names(grid.groups_of(settings)) == [
+        ["paper-10-seed_1", "paper-100-seed_1"],
+        ["strong-10-seed_1", "strong-100-seed_1", "strong-1-seed_1-no_pairs"],
+        ["paper-1-seed_2", "paper-10-seed_2", "paper-100-seed_2"],
+        ["strong-1-seed_2", "strong-10-seed_2", "strong-100-seed_2", "strong-1-seed_2-no_pairs"],
+    ]
+    settings.grid |= {"rates": [], "variants": []}
+    assert grid.groups_of(settings) == []
+
+
+def test_everything_labelled_leaves_only_fs(settings):
+    assert grid.notebooks_of(grid.Item("strong", 100, 1), settings) == ["02_pretrain_segmentation", "07_evaluation"]
+    assert "06_joint_plus" not in grid.notebooks_of(grid.Item("paper", 10, 1), settings)
+    assert "06_joint_plus" in grid.notebooks_of(grid.Item("strong", 10, 1), settings)
+
+
+def fake_run(fails=()):
+    """Stands for papermill: writes what notebook 7 would write, and fails where told to."""
+    calls = []
+
+    def run(command, **_):
+        values = dict(line.split(": ", 1) for line in command[command.index("-y") + 1].splitlines())
+        name = f"{values['recipe']}-{values['rate']}-{values['seed']}".replace("'", "")
+        calls.append((name, command[-2].rsplit("/", 1)[1]))
+        if "destination" in values and name not in fails:
+            folder = params.Path(values["destination"].strip("'"))
+            folder.mkdir(parents=True)
+            (folder / "per_image.csv").write_text("made up\n")
+        failed = name in fails
+        return subprocess.CompletedProcess(command, int(failed), "", "a traceback" if failed else "")
+
+    return run, calls
+
+
+def test_a_failing_item_does_not_stop_the_others_and_finished_ones_are_not_run_again(settings, monkeypatch, capsys):
+    monkeypatch.setattr(grid.params, "load", lambda *a, **k: params.section(json.loads(json.dumps(settings))))
+    run, calls = fake_run(fails=["paper-10-1"])
+    monkeypatch.setattr(grid.subprocess, "run", run)
+    assert grid.main() == 1
+    assert "paper-10-seed_1" in capsys.readouterr().err
+    done = [item for group in grid.groups_of(settings) for item in group if grid.is_done(item, settings)]
+    assert len(done) == 11
+    run, calls = fake_run()
+    monkeypatch.setattr(grid.subprocess, "run", run)
+    assert grid.main() == 0
+    assert {name for name, _ in calls} == {"paper-10-1"}
+    settings.pseudo_masks["n"] = 7  # other settings: everything is to be done anew
+    assert not any(grid.is_done(item, settings) for item in done)
+
+
+def result(folder, seed, dsc):
+    folder.mkdir(parents=True)
+    row = {"cohort": "c", "recipe": "strong", "rate": 1, "n_labelled": 5, "seed": seed, "variant": "", "method": "fs",
+           "subject": "007", "slice": 3, "class": "x", "dsc": dsc}
+    for name in ("per_image", "reliability", "rounds"):
+        pd.DataFrame([row]).to_csv(folder / f"{name}.csv", index=False)
+
+
+def test_the_pipelines_own_results_take_precedence_over_the_grids(settings, tmp_path):
+    grid_folder = tmp_path / "results" / "grid" / settings.cohort
+    result(grid_folder / "strong-1-seed_1", 1, 0.5)
+    result(grid_folder / "strong-1-seed_2", 2, 0.6)
+    result(tmp_path / "results" / settings.cohort / "items" / "1-seed_1", 1, 0.9)
+    per_image, _, _ = tables.collect(settings)
+    assert per_image.set_index("seed")["dsc"].to_dict() == {1: 0.9, 2: 0.6}
+    assert per_image["subject"].tolist() == ["007", "007"]

@@ -1,0 +1,93 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import tables
+
+
+def rows_of(recipe, method, scores, seed=1, rate=1, variant="", cohort="made up"):
+    """One row per test slice, two slices a subject."""
+    return pd.DataFrame([
+        {"cohort": cohort, "recipe": recipe, "rate": rate, "n_labelled": 5 * rate, "seed": seed, "variant": variant,
+         "method": method, "subject": f"s{k // 2}", "slice": k, "class": "a", "dsc": dsc, "hd": 10 * (1 - dsc),
+         "hd95": 8 * (1 - dsc), "empty": dsc == 0, "confidence": 0.5 + dsc / 2, "device": "CPU", "round": 0, "seconds": 60}
+        for k, dsc in enumerate(scores)
+    ])
+
+
+def whole(*frames):
+    averaged = tables.average_classes(pd.concat(frames, ignore_index=True))
+    comparisons = tables.compare(averaged)
+    return averaged, comparisons, tables.table1(averaged, comparisons)
+
+
+def test_classes_are_averaged_first_and_bad_results_stay():
+    first, second = rows_of("paper", "fs", [1.0, 0.5]), rows_of("paper", "fs", [0.0, 0.5]).assign(**{"class": "b"})
+    _, _, table = whole(first, second)
+    overall = table[table["seed"] == "all"].set_index("class")
+    assert overall.loc["mean", "dsc_mean"] == 0.5 and overall.loc["mean", "dsc_sd"] == 0
+    assert overall.loc["b", "dsc_mean"] == 0.25 and overall.loc["b", "n_empty"] == 1
+    assert overall.loc["mean", "n_empty"] == 1 and (overall["n_test"] == 2).all()
+
+
+def test_rows_over_seeds_and_of_every_seed():
+    _, _, table = whole(rows_of("strong", "fs", [0.8, 0.9]), rows_of("strong", "fs", [0.6, 0.7], seed=2))
+    mean = table[table["class"] == "mean"].set_index("seed")
+    assert mean.loc[1, "dsc_mean"] == pytest.approx(0.85) and mean.loc[2, "dsc_mean"] == pytest.approx(0.65)
+    assert mean.loc["all", "dsc_mean"] == pytest.approx(0.75) and mean.loc["all", "n_seeds"] == 2
+    assert mean.loc["all", "dsc_seed_sd"] == pytest.approx(np.std([0.85, 0.65], ddof=1))
+    assert mean.loc["all", "n_test"] == 2
+    assert mean.loc["all", "dsc_low"] == mean.loc["all", "dsc_high"] == pytest.approx(0.75)  # one subject
+
+
+def test_the_star_is_combined_against_mt_and_p_is_against_fs():
+    rng = np.random.default_rng(0)
+    fs = rng.uniform(0.5, 0.6, 24)
+    _, comparisons, table = whole(
+        rows_of("paper", "fs", fs), rows_of("paper", "mt", fs + 0.01), rows_of("paper", "combined", fs + 0.2),
+        rows_of("-", "classical", fs - 0.1),
+    )
+    overall = table[(table["seed"] == "all") & (table["class"] == "mean")].set_index("method")
+    assert overall["star"].to_dict() == {"fs": "", "mt": "", "combined": "*", "classical": ""}
+    assert overall.loc["combined", "p_fs"] == pytest.approx(2 / 2**12)
+    assert overall.loc["combined", "p_fs_holm"] >= overall.loc["combined", "p_fs"] and np.isnan(overall.loc["fs", "p_fs"])
+    classical = comparisons[(comparisons["method"] == "classical") & (comparisons["metric"] == "dsc")].iloc[0]
+    assert classical["recipe"] == "paper" and classical["difference"] == pytest.approx(-0.1)
+
+
+def test_methods_and_recipes_come_in_reading_order():
+    _, _, table = whole(*(rows_of(recipe, method, [0.5]) for recipe in ("strong", "paper") for method in ("joint", "mt", "fs")))
+    overall = table[(table["seed"] == "all") & (table["class"] == "mean")]
+    assert list(zip(overall["recipe"], overall["method"])) == [
+        ("paper", "fs"), ("paper", "mt"), ("paper", "joint"), ("strong", "fs"), ("strong", "mt"), ("strong", "joint")]
+    assert "| paper    | fs" in tables.markdown(table) and "0.58 ± 0.27" in tables.beside_the_paper(table)
+
+
+def test_the_ablation_compares_a_variant_with_joint_plus_on_the_same_seeds():
+    per_image = tables.average_classes(pd.concat([
+        rows_of("strong", "joint+", [0.9, 0.9, 0.8, 0.8]), rows_of("strong", "joint+", [0.1] * 4, seed=2),
+        rows_of("strong", "joint+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
+        rows_of("strong", "combined+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
+        rows_of("strong", "combined+", [0.9, 0.9, 0.8, 0.8]),
+    ], ignore_index=True))
+    rounds = pd.DataFrame([
+        {"cohort": "made up", "recipe": "strong", "rate": 1, "seed": 1, "variant": variant, "stage": "joint+",
+         "round": number, "split": "validation", "dsc_segmentation": score}
+        for variant, number, score in (("", 0, 0.8), ("", 1, 0.95), ("no pairs", 0, 0.8), ("no pairs", 1, 0.7))
+    ])
+    table = tables.ablation(per_image, rounds).set_index("variant")
+    assert table.loc["joint+", "joint+ dsc"] == pytest.approx(0.85)  # of seed 1, the only one with the variant
+    assert table.loc["no pairs", "difference"] == pytest.approx(-0.1)
+    assert table["validation dsc"].to_dict() == {"joint+": 0.95, "no pairs": 0.8}
+    assert "no pairs" in tables.ablation_markdown(tables.ablation(per_image, rounds))
+    assert "has not been run" in tables.ablation_markdown(tables.ablation(per_image[per_image["variant"] == ""], rounds))
+
+
+def test_low_confidence_marks_bad_masks_in_the_calibration_table():
+    per_image = tables.average_classes(rows_of("strong", "joint", np.linspace(0.1, 0.9, 20)))
+    bins = pd.DataFrame([{"cohort": "made up", "recipe": "strong", "rate": 1, "seed": 1, "variant": "",
+                          "method": "joint", "low": 0.5, "high": 0.55, "n": 10, "probability": 0.52,
+                          "frequency": 0.5, "brier": 0.25}])
+    row = tables.calibrated(per_image, bins).iloc[0]
+    assert row["ece"] == pytest.approx(0.02) and row["brier_marked"] == 0.25
+    assert row["spearman"] == pytest.approx(1) and row["auroc_worst_tenth"] == 1
