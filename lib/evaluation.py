@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from monai.metrics import compute_dice, compute_hausdorff_distance
 
 from lib.calibration import reliability
 from lib.data import to_labels
@@ -33,7 +32,9 @@ def dice(prediction, truth):
     Returns:
         ``(batch, classes)`` in [0, 1]; 1 where both masks are empty, 0 where one is.
     """
-    return compute_dice(harden(prediction), harden(truth), ignore_empty=False)
+    prediction, truth = harden(prediction), harden(truth)
+    both, sizes = (prediction & truth).sum((2, 3)), prediction.sum((2, 3)) + truth.sum((2, 3))
+    return torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0)
 
 
 def hausdorff(prediction, truth, percentile=None):
@@ -46,6 +47,8 @@ def hausdorff(prediction, truth, percentile=None):
     Returns:
         ``(batch, classes)``; 0 where both masks are empty, the image's diagonal where one is.
     """
+    from monai.metrics import compute_hausdorff_distance  # takes seconds, which stages that only train need not wait
+
     prediction, truth = harden(prediction).cpu(), harden(truth).cpu()
     filled = prediction.any(dim=(2, 3)), truth.any(dim=(2, 3))
     distance = torch.zeros(filled[0].shape, dtype=torch.float64)

@@ -11,13 +11,14 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from lib import params
-from lib.experiment import code_of
+from lib.experiment import NUMERIC_MODULES, code_of
+
+FURTHER_MODULES = ("calibration", "classical", "data", "evaluation", "joint_plus", "mean_teacher", "rounds")
 
 
 class Item(NamedTuple):
@@ -70,9 +71,7 @@ def key_of(item, settings):
     """Fingerprint of everything that the item's results depend on."""
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
     own.pop("grid")
-    modules = sorted(file.stem for file in Path(__file__).parent.glob("*.py")
-                     if file.stem not in ("grid", "plots", "tables", "statistics", "bench", "notebooks"))
-    return params.fingerprint(own, code_of(*modules))
+    return params.fingerprint(own, code_of(*NUMERIC_MODULES, *FURTHER_MODULES, settings.cohort))
 
 
 def is_done(item, settings):

@@ -1,7 +1,6 @@
 """The hippocampus cohort: real T1 MRI of the Medical Segmentation Decathlon, Task04 (CC-BY-SA 4.0)."""
 
 import numpy as np
-from monai.apps.utils import download_and_extract
 from tqdm import tqdm
 
 from lib.data import Cohort, DataError, min_max, on_canvas, read_pair, split_by_subject
@@ -21,6 +20,8 @@ def find_folder(folder):
     local = (ROOT / folder).resolve() if folder else None
     if local and local.is_dir():
         return local
+    from monai.apps.utils import download_and_extract  # takes seconds to import
+
     target = work_folder("hippocampus")
     try:
         download_and_extract(URL, target / "Task04_Hippocampus.tar", target, hash_val=MD5, hash_type="md5")

@@ -163,19 +163,24 @@ def round_curves(measured):
 
 def score_boxes(per_image):
     """DSC and HD of every test image, one box per method, recipe and cohort (of the average over classes)."""
-    groups = list(per_image.groupby(["cohort", "recipe"], sort=False))
-    figure, axes = plt.subplots(2, len(groups), figsize=(3.4 * len(groups), 6), squeeze=False, sharey="row")
+    classical = per_image[per_image["recipe"] == "-"]  # belongs to no recipe: shown with each
+    groups = [(key, pd.concat([rows, classical[classical["cohort"] == key[0]]]))
+              for key, rows in per_image.groupby(["cohort", "recipe"], sort=False) if key[1] != "-"]
+    counts = [rows["method"].nunique() + 1 for _, rows in groups]
+    figure, axes = plt.subplots(2, len(groups), figsize=(0.36 * sum(counts) + 1, 6.5), squeeze=False, sharey="row",
+                                width_ratios=counts)
     for column, ((cohort, recipe), rows) in zip(axes.T, groups):
         methods = list(rows["method"].unique())
-        for ax, name, label in zip(column, ("dsc", "hd"), ("DSC", "HD (pixels)")):
+        for ax, name in zip(column, ("dsc", "hd")):
             boxes = ax.boxplot([rows.loc[rows["method"] == m, name] for m in methods], tick_labels=methods,
                                patch_artist=True, widths=0.6, flierprops={"markersize": 3},
                                medianprops={"color": "black"})
             for box, method in zip(boxes["boxes"], methods):
                 box.set_facecolor(METHOD_COLOURS[method])
-            ax.tick_params(axis="x", labelrotation=30)
-            ax.set_ylabel(label)
+            ax.tick_params(axis="x", labelrotation=90)
         column[0].set_title(f"{cohort}\nrecipe {recipe}", fontsize=9)
+    for ax, label in zip(axes[:, 0], ("DSC", "HD (pixels)")):
+        ax.set_ylabel(label)
     figure.tight_layout()
     return figure
 
@@ -241,7 +246,7 @@ def cases(experiment, masks, per_image):
         per_image: rows of class ``mean``.
     """
     index = experiment.cohort.index("test")
-    figure, axes = plt.subplots(3, len(masks), figsize=(1.9 * len(masks), 6.4), squeeze=False)
+    figure, axes = plt.subplots(3, len(masks), figsize=(1.9 * len(masks), 7.4), squeeze=False)
     for column, (method, predicted) in zip(axes.T, masks.items()):
         rows = per_image[(per_image["method"] == method) & (per_image["recipe"] == experiment.settings.recipe)
                          & per_image["slice"].isin(index)].sort_values("dsc")
@@ -302,7 +307,8 @@ def figure2(image, truth, blocks, teachers=None):
             draw(ax, image[window], truth[(..., *window)], title, array(mask)[(..., *window)])
         line[0].set_ylabel(label, fontsize=8)
     figure.tight_layout(rect=(0, 0, 0.93, 1))
-    bar = figure.add_axes((0.945, 0.3, 0.012, 0.4))
+    box = axes[0, -1].get_position()
+    bar = figure.add_axes((0.945, box.y0, 0.012, box.height))
     figure.colorbar(plt.cm.ScalarMappable(cmap="inferno"), cax=bar, label="pseudo-mask")
     return figure
 

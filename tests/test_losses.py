@@ -59,7 +59,8 @@ def test_smoothness_is_zero_for_a_translation_and_known_for_a_ramp():
 def test_registration_loss_has_the_parts_of_equation_3():
     source, target = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
     fields = [torch.randn(2, 2, 16, 16), torch.randn(2, 2, 32, 32)]
-    parts = losses.registration_loss([(f, f) for f in fields], source, target, (4, 2), disc().expand(2, -1, -1, -1), disc(radius=7).expand(2, -1, -1, -1))
+    guides = disc().expand(2, -1, -1, -1), disc(radius=7).expand(2, -1, -1, -1)
+    parts = losses.registration_loss([(f, f) for f in fields], source, target, (4, 2), *guides)
     half = torch.nn.functional.avg_pool2d
     similarity = (losses.gncc_loss(warping.warp(half(source, 2), fields[0]), half(target, 2))
                   + losses.gncc_loss(warping.warp(source, fields[1]), target)) / 2

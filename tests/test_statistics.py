@@ -51,7 +51,8 @@ def rows(method, values, seed=1):
 
 
 def test_slices_and_seeds_are_averaged_within_a_subject_first():
-    frame = pd.DataFrame(rows("fs", [0.1, 0.3, 0.5, 0.5, 0.9, 0.7]) + rows("fs", [0.3, 0.5, 0.5, 0.5, 0.9, 0.7], seed=2))
+    first, second = [0.1, 0.3, 0.5, 0.5, 0.9, 0.7], [0.3, 0.5, 0.5, 0.5, 0.9, 0.7]
+    frame = pd.DataFrame(rows("fs", first) + rows("fs", second, seed=2))
     values = statistics.per_subject(frame, "dsc")["fs"]
     assert values.to_dict() == pytest.approx({"s0": 0.3, "s1": 0.5, "s2": 0.8})
 
