@@ -16,9 +16,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib import params
-from lib.experiment import NUMERIC_MODULES, code_of
-
-FURTHER_MODULES = ("calibration", "classical", "data", "evaluation", "joint_plus", "mean_teacher", "rounds")
+from lib.experiment import JOINT_PLUS, MEAN_TEACHER, NUMERICS
 
 
 class Item(NamedTuple):
@@ -70,8 +68,9 @@ def folder_of(item, settings):
 def key_of(item, settings):
     """Fingerprint of everything that the item's results depend on."""
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
-    own.pop("grid")
-    return params.fingerprint(own, code_of(*NUMERIC_MODULES, *FURTHER_MODULES, settings.cohort))
+    relevant = {key: value for key, value in own.items()
+                if key not in ("grid", *params.CHOICES["cohort"]) or key == settings.cohort}
+    return params.fingerprint(relevant, NUMERICS, MEAN_TEACHER, JOINT_PLUS)
 
 
 def is_done(item, settings):

@@ -17,7 +17,7 @@ import torch
 
 from lib.augment import augment
 from lib.evaluation import dice
-from lib.experiment import code_of, load_pretrained, save_cost
+from lib.experiment import JOINT_PLUS, load_pretrained, save_cost
 from lib.losses import soft_dice_loss
 from lib.mean_teacher import MeanTeacher
 from lib.params import fingerprint
@@ -136,7 +136,7 @@ def train_on_mixture(experiment, network, pairs, soft, number):
         return {"loss": soft_dice_loss(prediction, targets)}
 
     key = fingerprint(
-        experiment.origin, code_of("joint_plus", "mean_teacher"), options, recipe, number, weights_digest(network),
+        experiment.origin, JOINT_PLUS, options, recipe, number, weights_digest(network),
         sums_of(labelled, masks, soft, pairs and pairs.fields.square()),
     )
     found = fit(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib.augment import augment
-from lib.experiment import code_of
+from lib.experiment import MEAN_TEACHER
 from lib.losses import soft_dice_loss
 from lib.params import fingerprint
 from lib.training import draw_indices, fit, save_network, steps_of, sums_of, validation_dice, weights_digest
@@ -92,7 +92,7 @@ def train_mean_teacher(experiment):
         trained.eval()
         return trained.teacher.segment(data.images[data.example]).half().cpu()
 
-    key = fingerprint(experiment.origin, code_of("mean_teacher"), options, recipe, steps,
+    key = fingerprint(experiment.origin, MEAN_TEACHER, options, recipe, steps,
                       weights_digest(networks), sums_of(labelled, masks, unlabelled))
     found = fit(
         networks, batch_loss, steps=steps, peak=recipe.learning_rate, schedule=recipe.schedule,
