@@ -1,6 +1,7 @@
 """Cohorts: 2D slices with masks, subjects and a split by subject; every check on what comes in."""
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -258,18 +259,40 @@ def to_labels(masks):
 class Tensors:
     """A cohort on the device, with the labelled images drawn.
 
+    Args:
+        cohort, settings, numerics: of the experiment.
+        order: function of these tensors that gives the training images in the order in which they are labelled,
+            called when labelled images are first asked for; None for a random order.
+
     Attributes:
         images: ``(slices, 1, height, width)``; masks: ``(slices, classes, height, width)``.
         labelled, unlabelled, train, validation: index tensors.
         example: index ``(1,)`` of the training image that is labelled last: unlabelled at every rate below 100 %.
     """
 
-    def __init__(self, cohort, settings, numerics):
+    def __init__(self, cohort, settings, numerics, order=None):
         self.images = numerics.tensor(cohort.images[:, None])
         self.masks = numerics.tensor(one_hot(cohort.labels, len(cohort.classes)))
-        labelled, unlabelled = draw_labelled(cohort, settings.rate, settings.seed)
-        as_index = lambda index: torch.as_tensor(index, device=numerics.device)
-        self.labelled, self.unlabelled = as_index(labelled), as_index(unlabelled)
-        self.train, self.validation = as_index(cohort.index("train")), as_index(cohort.index("validation"))
-        self.example = as_index(draw_order(cohort, settings.seed)[-1:])
+        self.as_index = lambda index: torch.as_tensor(index, device=numerics.device)
+        self.train, self.validation = self.as_index(cohort.index("train")), self.as_index(cohort.index("validation"))
         self.symmetric = cohort.symmetric
+        self.drawn = draw_order(cohort, settings.seed)
+        self.count = labelled_count(settings.rate, len(self.drawn))
+        self.order = order
+
+    @cached_property
+    def ordered(self):
+        """Indices of the training images in the order in which they are labelled."""
+        return self.order(self) if self.order else self.drawn
+
+    @cached_property
+    def labelled(self):
+        return self.as_index(np.sort(self.ordered[: self.count]))
+
+    @cached_property
+    def unlabelled(self):
+        return self.as_index(np.sort(self.ordered[self.count :]))
+
+    @cached_property
+    def example(self):
+        return self.as_index(self.ordered[-1:])

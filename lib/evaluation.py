@@ -116,7 +116,7 @@ def predict(experiment, images, split):
     network = experiment.segmentation_network()
     for method, stage in (("fs", "segmentation"), ("mt", "mean_teacher")):
         file = experiment.model_file(stage)
-        if file.exists() and not settings.variant:
+        if file.exists() and (method == "fs" or not settings.variant):
             network.load_state_dict(load_saved(file, numerics.device)["network"])
             with numerics.autocast():
                 found[method] = 0, plain(network), load_cost(experiment, stage)

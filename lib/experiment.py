@@ -13,6 +13,7 @@ from lib.compute import Numerics
 from lib.data import Tensors, load_cohort
 from lib.models import MrRegNet, ResidualUNet
 from lib.params import fingerprint, work_folder
+from lib.selection import coverage_order
 
 # Names for the numbers that the code gives. Whoever changes the code so that the same settings give other numbers
 # changes the name as well, so that no checkpoint or finished item of the grid is taken for one of the new code;
@@ -40,12 +41,20 @@ class Experiment:
         self.numerics = Numerics(settings.device, settings.precision)
         file = cohort_file(settings)
         self.cohort = load_cohort(file)
-        self.data = Tensors(self.cohort, settings, self.numerics)
+        self.data = Tensors(self.cohort, settings, self.numerics,
+                            self.annotation_order if settings.coverage.choose else None)
         self.origin = fingerprint(
             hashlib.sha256(file.read_bytes()).hexdigest(), NUMERICS,
             [settings[key] for key in ("cohort", "recipe", "seed", "augmentation", "pseudo_masks")],
             str(self.numerics.device), self.numerics.precision, torch.__version__,
         )
+
+    def annotation_order(self, data):
+        """The training images in the order in which they cover the cohort best, see lib.selection."""
+        network = self.registration_network()
+        network.load_state_dict(load_saved(self.model_file("registration"), self.numerics.device)["network"])
+        return coverage_order(network, data, data.drawn, self.settings.coverage, self.numerics,
+                              self.numerics.generator(self.settings.seed, "coverage"))
 
     def segmentation_network(self):
         """A ResidualUNet with the seed's initial weights, on the device."""
@@ -64,7 +73,8 @@ class Experiment:
     def folder(self, stage):
         """Where a stage keeps its weights and curves. Registration needs no masks: it is the same at any rate."""
         settings = self.settings
-        at = [f"seed_{settings.seed}", *([] if stage == "registration" else [f"rate_{settings.rate:g}"])]
+        rate = f"rate_{settings.rate:g}" + ("_by_coverage" if settings.coverage.choose else "")
+        at = [f"seed_{settings.seed}", *([] if stage == "registration" else [rate])]
         own = [stage, settings.recipe] if stage == "registration" else [settings.recipe, stage]
         if stage == "joint_plus" and settings.variant:
             at.insert(0, "variants")

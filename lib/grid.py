@@ -52,7 +52,9 @@ def groups_of(settings):
 def notebooks_of(item, settings):
     """The notebooks that make an item, in order. At 100 % there is nothing unlabelled: fs is all there is."""
     if item.variant:
-        return ["06_joint_plus", "07_evaluation"]
+        own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
+        again = [] if own.coverage == settings.coverage else ["02_pretrain_segmentation"]  # other labelled images
+        return [*again, "06_joint_plus", "07_evaluation"]
     if item.rate == 100:
         return ["02_pretrain_segmentation", "07_evaluation"]
     plus = ["06_joint_plus"] if item.recipe == settings.recipe else []

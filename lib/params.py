@@ -57,14 +57,14 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
         recipe: ``paper`` or ``strong``; None for the one that the file names.
         cohort: ``midbrain`` or ``hippocampus``; None for the one that the file names.
         rate, seed: None for those that the file names.
-        variant: of joint+, one of the file's ``variants``; None for joint+ as it stands.
+        variant: one of the file's ``variants``; None for the settings as they stand.
 
     The environment variable ``JOINT_SET`` (``key=value,section.key=value``) overrides single values and
     ``JOINT_OUTPUT`` names a folder for all outputs instead of the repository: the tests use both.
 
     Returns:
-        Section. ``segmentation``, ``registration`` and ``joint`` hold the values of the recipe and the scale, and
-        ``joint_plus`` those of the variant.
+        Section. ``segmentation``, ``registration`` and ``joint`` hold the values of the recipe and the scale; what a
+        variant changes holds its values.
 
     Raises:
         ValueError: an unknown cohort, recipe, scale, variant or setting.
@@ -93,7 +93,7 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
     if variant:
         if variant not in variants:
             raise ValueError(f"variant '{variant}' is not one of {', '.join(variants)} in params.yaml")
-        tree["joint_plus"] = merge(tree.joint_plus, variants[variant], "params.yaml: joint_plus")
+        tree = merge(tree, variants[variant])
     return tree
 
 

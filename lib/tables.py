@@ -221,7 +221,8 @@ def ablation(per_image, rounds):
         rounds: rows of rounds.csv, variants among them.
 
     Returns:
-        pandas.DataFrame, one row per variant: DSC and HD on the test images of joint+ and combined+, the difference
+        pandas.DataFrame, one row per variant: DSC and HD on the test images of fs (that of the same labelled images),
+        joint+ and combined+, the difference
         of joint+'s DSC from the full one with its p (Wilcoxon over subjects) and the validation DSC that decided.
     """
     test = per_image[(per_image["class"] == "mean") & ~per_image["cohort"].str.contains("unseen")]
@@ -235,7 +236,7 @@ def ablation(per_image, rounds):
             full = test[same & (test["variant"] == "") & test["seed"].isin(seeds) & (test["method"] == "joint+")]
             row = {"cohort": cohort, "recipe": recipe, "rate": rate, "variant": variant or "joint+",
                    "seeds": len(seeds)}
-            for method in ("joint+", "combined+"):
+            for method in ("fs", "joint+", "combined+"):
                 values = chosen[chosen["method"] == method]
                 row |= {f"{method} dsc": values["dsc"].mean(), f"{method} hd": values["hd"].mean()}
             joint = chosen[chosen["method"] == "joint+"]
@@ -260,7 +261,7 @@ def ablation_markdown(table):
         p = row.get("p", np.nan)
         rows.append({
             "cohort": row["cohort"], "rate": f"{row['rate']:g} %", "variant": row["variant"], "seeds": row["seeds"],
-            "validation DSC": f"{row['validation dsc']:.3f}", "joint+ DSC": f"{row['joint+ dsc']:.3f}",
+            "validation DSC": f"{row['validation dsc']:.3f}", "fs DSC": f"{row['fs dsc']:.3f}", "joint+ DSC": f"{row['joint+ dsc']:.3f}",
             "joint+ HD": f"{row['joint+ hd']:.2f}", "combined+ DSC": f"{row['combined+ dsc']:.3f}",
             "combined+ HD": f"{row['combined+ hd']:.2f}",
             "difference": "" if pd.isna(row.get("difference", np.nan)) else f"{row['difference']:+.4f}",

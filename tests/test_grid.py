@@ -36,6 +36,12 @@ def test_everything_labelled_leaves_only_fs(settings):
     assert "06_joint_plus" in grid.notebooks_of(grid.Item("strong", 10, 1), settings)
 
 
+def test_variants_share_the_pretraining_unless_they_label_other_images(settings):
+    variant = lambda name: grid.notebooks_of(grid.Item("strong", 1, 1, name), settings)
+    assert variant("no pairs") == ["06_joint_plus", "07_evaluation"]
+    assert variant("labelled by coverage") == ["02_pretrain_segmentation", "06_joint_plus", "07_evaluation"]
+
+
 def fake_run(fails=()):
     """Stands for papermill: writes what notebook 7 would write, and fails where told to."""
     calls = []
