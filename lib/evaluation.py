@@ -12,6 +12,7 @@ from lib.calibration import reliability
 from lib.data import to_labels
 from lib.experiment import best_rounds, load_cost, load_measured, load_round, load_saved
 from lib.pseudo_masks import draw_sources, fuse, mean_confidence
+from lib.refinement import refined
 
 METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "classical")
 FAMILIES = {"joint": "", "joint_plus": "+"}  # stage, and what its methods' names end in
@@ -129,6 +130,8 @@ def predict(experiment, images, split):
         masks = {}
         for number in sorted(set(chosen.values())):
             networks, kept = load_round(experiment, number, stage)
+            if stage == "joint_plus":
+                networks = refined(networks, settings.joint_plus)
             made = experiment.generate(networks, images, f"{split}, {stage} round {number}",
                                        "test", stage, split, number)
             masks[number] = fuse(made, kept.get("weight", 0.5))

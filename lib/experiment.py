@@ -20,7 +20,7 @@ from lib.selection import coverage_order
 # tests/test_numerics.py fails where this was forgotten.
 NUMERICS = "d7fa566ff1753849"  # networks, losses, warping, augmentation, pseudo-masks and training
 MEAN_TEACHER = "4fd182be9f838728"
-JOINT_PLUS = "ed102609132cc3a0"
+JOINT_PLUS = "refinement"
 
 
 class Experiment:

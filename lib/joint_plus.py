@@ -3,6 +3,7 @@
 P1 averages all masks with equal weight and trains on the average. Where one network is much better than the other,
 that average drags it down. Here instead
 
+- every displacement field is *refined* for its own pair of images (lib.refinement);
 - registration makes *training pairs*: a labelled image and its mask, warped by the same field onto the anatomy of an
   unlabelled image. However good the field is, the pair is exact;
 - soft pseudo-masks are *fused by reliability*, the weight of either network chosen on the validation images;
@@ -22,6 +23,7 @@ from lib.losses import soft_dice_loss
 from lib.mean_teacher import MeanTeacher
 from lib.params import fingerprint
 from lib.pseudo_masks import draw_sources, fuse
+from lib.refinement import refined
 from lib.rounds import Rounds, measure, save_round
 from lib.training import draw_indices, fit, steps_of, sums_of, train_registration, validation_dice, weights_digest
 from lib.warping import warp
@@ -82,7 +84,7 @@ def warp_pairs(images, masks, fields):
 
 @torch.no_grad()
 def make_pairs(experiment, network, per_image, number):
-    """Pairs by ``network`` (MrRegNet): ``per_image`` random labelled images, registered to every unlabelled one."""
+    """Pairs by ``network`` (MrRegNet or Refined): ``per_image`` random labelled images, registered to every unlabelled one."""
     network.eval()
     data, numerics = experiment.data, experiment.numerics
     generator = numerics.generator(experiment.settings.seed, "pairs", number)
@@ -162,13 +164,14 @@ def joint_plus_rounds(experiment):
     images = torch.cat((data.images[data.labelled], data.images[data.unlabelled]))
     truth = data.masks[data.validation]
     rows, histories, seconds = [], [], 0.0
+    seen = refined(networks, options)
     for number in range(options.rounds + 1):
-        masks = {split: experiment.generate(networks, data.images[getattr(data, split)],
+        masks = {split: experiment.generate(seen, data.images[getattr(data, split)],
                                             f"round {number}: {split} images", "joint+", split, number)
                  for split in ("validation", "unlabelled")}
         weight = fusion_weight(masks["validation"], truth) if options.fusion == "validation" else 0.5
         masks = {split: fuse(found, weight) for split, found in masks.items()}
-        measured = [{**measure(experiment, networks, masks[split], split, number), "weight": weight}
+        measured = [{**measure(experiment, seen, masks[split], split, number), "weight": weight}
                     for split in masks]
         rows += measured
         save_round(experiment, "joint_plus", number, networks, measured, weight=weight)
@@ -186,7 +189,7 @@ def joint_plus_rounds(experiment):
             )
             seconds += found.seconds
             histories.append(found.history.assign(round=after, network="registration"))
-        pairs = make_pairs(experiment, registration, options.pairs_per_image, after) if options.pairs else None
+        pairs = make_pairs(experiment, seen[1], options.pairs_per_image, after) if options.pairs else None
         found = train_on_mixture(experiment, segmentation, pairs, soft if options.pseudo_labels else None, after)
         seconds += found.seconds
         histories.append(found.history.assign(round=after, network="segmentation"))

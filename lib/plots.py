@@ -6,6 +6,9 @@ import pandas as pd
 from matplotlib.colors import to_rgba
 
 from lib.calibration import pool
+from lib.evaluation import dice
+from lib.losses import gncc
+from lib.warping import jacobian_determinant, warp
 
 TRUE = "#2bd46f"  # outline of the true mask
 OTHER = "#ffb000"  # outline of any other mask
@@ -68,21 +71,32 @@ def draw_grid(axes, displacement, spacing=4):
     axes.set(xlim=(-1, width), ylim=(height, -1), aspect="equal", xticks=[], yticks=[])
 
 
-def registration_example(source, target, warped, displacement, determinant, source_mask, target_mask, warped_mask):
-    """One registration: source, target, warped source, warped grid, Jacobian determinant with folds marked."""
-    figure, axes = plt.subplots(1, 5, figsize=(15, 3.4))
-    draw(axes[0], source, source_mask, "source and its mask", colour=OTHER)
-    draw(axes[1], target, target_mask, "target (true mask, not used)")
-    draw(axes[2], warped, warped_mask, "warped source, warped mask", colour=OTHER)
-    outline(axes[2], target_mask)
-    draw_grid(axes[3], displacement)
-    axes[3].set_title("displacement field", fontsize=9)
-    determinant = array(determinant)
-    shown = axes[4].imshow(determinant, cmap="RdBu", vmin=0, vmax=2)
-    axes[4].imshow(np.where(determinant[..., None] <= 0, to_rgba("black"), to_rgba("none")))
-    axes[4].set_title(f"Jacobian determinant; folding {100 * (determinant <= 0).mean():.2f} %", fontsize=9)
-    axes[4].set(xticks=[], yticks=[])
-    figure.colorbar(shown, ax=axes[4], fraction=0.046)
+def registrations(source, target, source_mask, target_mask, fields):
+    """How one image is registered to another by one or several fields.
+
+    Args:
+        source, target: ``(1, 1, height, width)``; source_mask, target_mask: ``(1, classes, height, width)``.
+        fields: dictionary of what made it to a displacement field ``(1, 2, height, width)``.
+
+    One row per field: source, target, warped source, warped grid, Jacobian determinant with folds marked.
+    """
+    figure, axes = plt.subplots(len(fields), 5, figsize=(15, 3.4 * len(fields)), squeeze=False)
+    for line, (name, field) in zip(axes, fields.items()):
+        warped, warped_mask = warp(source, field), warp(source_mask, field)
+        scores = f"DSC {dice(warped_mask, target_mask).mean():.3f}, GNCC {gncc(warped, target).item():.3f}"
+        draw(line[0], source, array(source_mask), "source and its mask", colour=OTHER)
+        draw(line[1], target, array(target_mask), "target (true mask, not used)")
+        draw(line[2], warped, array(warped_mask), f"warped source, warped mask\n{scores}", colour=OTHER)
+        outline(line[2], array(target_mask))
+        draw_grid(line[3], field)
+        line[3].set_title("displacement field", fontsize=9)
+        determinant = array(jacobian_determinant(field))
+        shown = line[4].imshow(determinant, cmap="RdBu", vmin=0, vmax=2)
+        line[4].imshow(np.where(determinant[..., None] <= 0, to_rgba("black"), to_rgba("none")))
+        line[4].set_title(f"Jacobian determinant; folding {100 * (determinant <= 0).mean():.2f} %", fontsize=9)
+        line[4].set(xticks=[], yticks=[])
+        figure.colorbar(shown, ax=line[4], fraction=0.046)
+        line[0].set_ylabel(name, fontsize=9)
     figure.tight_layout()
     return figure
 

@@ -1,0 +1,66 @@
+"""Instance-specific refinement: a displacement field goes on improving for the one pair of images it is for.
+
+The network gives a field in one pass; a few steps of gradient descent on the field itself then align what the
+network has left (as Balakrishnan et al., VoxelMorph, IEEE TMI 2019, section V-D). No mask is used.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.losses import gncc, smoothness_loss
+from lib.warping import warp
+
+
+def refine(field, source, target, options):
+    """The field, changed so that the warped source looks more like the target.
+
+    1 - GNCC plus the smoothness of the whole field is minimised by Adam: first on a coarse grid of control points,
+    which follows larger motion, then pixel by pixel.
+
+    Args:
+        field: ``(batch, 2, height, width)`` in pixels.
+        source, target: ``(batch, 1, height, width)``.
+        options: section ``joint_plus.refinement``: control_points along the longer side, steps and rates (of the
+            image's side, per step) on the coarse and on the fine grid, smoothness.
+
+    Returns:
+        A field as ``field``, float32. Each pair is refined by itself, whatever else is in the batch.
+    """
+    field = field.detach().float()
+    height, width = field.shape[-2:]
+    side = max(height, width)
+    coarse = [max(2, round(options.control_points * length / side)) for length in (height, width)]
+    for shape, steps, rate in zip((coarse, (height, width)), options.steps, options.rates):
+        change = torch.zeros(len(field), 2, *shape, device=field.device, requires_grad=True)
+        optimiser = torch.optim.Adam([change], lr=rate * side)
+        moved = lambda: field + F.interpolate(change, size=(height, width), mode="bilinear", align_corners=False)
+        for _ in range(steps):
+            with torch.enable_grad():
+                whole = moved()
+                similarity = gncc(warp(source, whole), target).mean()
+                loss = len(field) * (options.smoothness * smoothness_loss(whole) - similarity)
+            change.grad = None
+            loss.backward()
+            optimiser.step()
+        field = moved().detach()
+    return field
+
+
+class Refined(nn.Module):
+    """A registration network whose fields are refined, wherever a MrRegNet can stand."""
+
+    def __init__(self, network, options):
+        super().__init__()
+        self.network = network
+        self.options = options
+
+    def register(self, source, target):
+        """As MrRegNet.register, then ``refine``."""
+        return refine(self.network.register(source, target), source, target, self.options)
+
+
+def refined(networks, options):
+    """(ResidualUNet, MrRegNet) with the registration refined, where section ``joint_plus`` says so."""
+    segmentation, registration = networks
+    return (segmentation, Refined(registration, options.refinement)) if options.refine else networks
