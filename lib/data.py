@@ -46,6 +46,27 @@ class Cohort:
         """Indices of the slices of one split."""
         return np.flatnonzero(self.split == split)
 
+    def order(self, seed):
+        """Indices of the training images in the order in which they are labelled as the rate grows.
+
+        Labelled images come from distinct subjects first: every subject gives one slice before any gives a second.
+        """
+        rank, order = {}, []
+        for index in np.random.default_rng([seed, 1]).permutation(self.index("train")):
+            subject = self.subjects[index]
+            rank[subject] = rank.get(subject, -1) + 1
+            order.append((rank[subject], len(order), index))
+        return np.array([index for *_, index in sorted(order)])
+
+    def count(self, rate):
+        """How many training images are labelled at ``rate`` per cent; 1 % is the paper's five images."""
+        total = len(self.index("train"))
+        return min(total, 5 if rate == 1 else max(1, round(total * rate / 100)))
+
+    def units(self, index):
+        """How many annotated things, here images, these slices are: the tables' n_labelled."""
+        return len(index)
+
     def save(self, file):
         """Write the cohort as one .npz file; the same cohort gives the same bytes."""
         file = Path(file)
@@ -61,18 +82,21 @@ def load_cohort(file):
     Raises:
         DataError: the file is missing or is not one of ours.
     """
+    from lib.volumes import VolumeCohort  # which imports this module
+
     file = Path(file)
     if not file.exists():
         raise DataError(f"{file} is missing: run notebooks/01_data.ipynb, or `dvc repro`, first")
     try:
         with np.load(file) as archive:
-            values = {field.name: archive[field.name] for field in fields(Cohort)}
+            kind = VolumeCohort if "volumes" in archive else Cohort
+            values = {field.name: archive[field.name] for field in fields(kind)}
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise DataError(f"{file} is not a cohort file ({error}): delete it and run notebooks/01_data.ipynb") from error
     for name in ("name", "title", "symmetric", "pixel_mm"):
         values[name] = values[name].item()
     values["classes"] = tuple(values["classes"].tolist())
-    return Cohort(**values)
+    return kind(**values)
 
 
 # --- reading images ---------------------------------------------------------------------------------------------
@@ -203,33 +227,6 @@ def check_split(subjects, split):
             raise DataError(f"the {name} split is empty: give more subjects, or a smaller split in params.yaml")
 
 
-def labelled_count(rate, n_train):
-    """How many training images are labelled at ``rate`` per cent; 1 % is the paper's five images."""
-    return min(n_train, 5 if rate == 1 else max(1, round(n_train * rate / 100)))
-
-
-def draw_order(cohort, seed):
-    """Indices of the training images in the order in which they are labelled as the rate grows.
-
-    Labelled images come from distinct subjects first: every subject gives one slice before any gives a second.
-    """
-    train = cohort.index("train")
-    rng = np.random.default_rng([seed, 1])
-    rank, order = {}, []
-    for index in rng.permutation(train):
-        subject = cohort.subjects[index]
-        rank[subject] = rank.get(subject, -1) + 1
-        order.append((rank[subject], len(order), index))
-    return np.array([index for *_, index in sorted(order)])
-
-
-def draw_labelled(cohort, rate, seed):
-    """Indices of the labelled and of the unlabelled training images, each ascending."""
-    order = draw_order(cohort, seed)
-    count = labelled_count(rate, len(order))
-    return np.sort(order[:count]), np.sort(order[count:])
-
-
 # --- building ---------------------------------------------------------------------------------------------------
 
 
@@ -251,9 +248,17 @@ def one_hot(labels, classes):
 
 
 def to_labels(masks):
-    """Masks ``(n, classes, height, width)`` in [0, 1], thresholded at 0.5, as label maps ``(n, height, width)``."""
-    confidence, label = masks.max(dim=1)
-    return torch.where(confidence > 0.5, label + 1, 0)
+    """The most probable label of every pixel.
+
+    Args:
+        masks: ``(n, classes, ...)`` in [0, 1]; what they leave of 1 is the background's, so that a single class is
+            thresholded at 0.5.
+
+    Returns:
+        ``(n, ...)`` integer, 0 where it is the background.
+    """
+    background = (1 - masks.sum(dim=1, keepdim=True)).clamp_min(0)
+    return torch.cat((background, masks), dim=1).argmax(dim=1)
 
 
 class Tensors:
@@ -276,9 +281,14 @@ class Tensors:
         self.as_index = lambda index: torch.as_tensor(index, device=numerics.device)
         self.train, self.validation = self.as_index(cohort.index("train")), self.as_index(cohort.index("validation"))
         self.symmetric = cohort.symmetric
-        self.drawn = draw_order(cohort, settings.seed)
-        self.count = labelled_count(settings.rate, len(self.drawn))
+        self.drawn = cohort.order(settings.seed)
+        self.count = cohort.count(settings.rate)
         self.order = order
+        self.along = self.as_index(cohort.positions) if hasattr(cohort, "positions") else None
+
+    def positions(self, index):
+        """Where slices of volumes lie along the axis, in [0, 1]; None where the images are not from volumes."""
+        return None if self.along is None else self.along[index]
 
     @cached_property
     def ordered(self):

@@ -11,38 +11,39 @@ import torch
 from lib.calibration import reliability
 from lib.data import to_labels
 from lib.experiment import best_rounds, load_cost, load_measured, load_round, load_saved
-from lib.pseudo_masks import draw_sources, fuse, mean_confidence
+from lib.pseudo_masks import fuse, mean_confidence
 from lib.refinement import refined
+from lib.volumes import VolumeCohort, score_volumes
 
 METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "classical")
 FAMILIES = {"joint": "", "joint_plus": "+"}  # stage, and what its methods' names end in
 
 
 def harden(masks):
-    """Masks in [0, 1] as disjoint binary ones: a pixel belongs to its most probable class if that is above 0.5."""
+    """Masks in [0, 1] as disjoint binary ones: a pixel belongs to what is most probable there, see to_labels."""
     labels = to_labels(masks)
     return torch.stack([labels == value for value in range(1, masks.shape[1] + 1)], dim=1)
 
 
 def dice(prediction, truth):
-    """DSC per image and class, of masks thresholded at 0.5.
+    """DSC per image and class, of hardened masks.
 
     Args:
-        prediction, truth: ``(batch, classes, height, width)`` in [0, 1].
+        prediction, truth: ``(batch, classes, height, width)`` in [0, 1], or volumes with a third axis.
 
     Returns:
         ``(batch, classes)`` in [0, 1]; 1 where both masks are empty, 0 where one is.
     """
     prediction, truth = harden(prediction), harden(truth)
-    both, sizes = (prediction & truth).sum((2, 3)), prediction.sum((2, 3)) + truth.sum((2, 3))
+    both, sizes = (prediction & truth).flatten(2).sum(2), prediction.flatten(2).sum(2) + truth.flatten(2).sum(2)
     return torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0)
 
 
 def hausdorff(prediction, truth, percentile=None):
-    """Hausdorff distance in pixels per image and class, of masks thresholded at 0.5.
+    """Hausdorff distance in pixels per image and class, of hardened masks.
 
     Args:
-        prediction, truth: ``(batch, classes, height, width)`` in [0, 1].
+        prediction, truth: ``(batch, classes, height, width)`` in [0, 1], or volumes with a third axis.
         percentile: 95 for HD95; None for the maximum.
 
     Returns:
@@ -51,9 +52,9 @@ def hausdorff(prediction, truth, percentile=None):
     from monai.metrics import compute_hausdorff_distance  # takes seconds, which stages that only train need not wait
 
     prediction, truth = harden(prediction).cpu(), harden(truth).cpu()
-    filled = prediction.any(dim=(2, 3)), truth.any(dim=(2, 3))
+    filled = prediction.flatten(2).any(2), truth.flatten(2).any(2)
     distance = torch.zeros(filled[0].shape, dtype=torch.float64)
-    distance[filled[0] != filled[1]] = math.hypot(*(side - 1 for side in truth.shape[-2:]))
+    distance[filled[0] != filled[1]] = math.hypot(*(side - 1 for side in truth.shape[2:]))
     both = filled[0] & filled[1]
     images = both.any(dim=1)
     if images.any():
@@ -68,14 +69,14 @@ def score(prediction, truth, classes):
     """Scores of every image and class.
 
     Args:
-        prediction, truth: ``(images, classes, height, width)``.
+        prediction, truth: ``(images, classes, height, width)``, or volumes with a third axis.
         classes: their names.
 
     Returns:
         pandas.DataFrame: image (position), class, dsc, hd, hd95 in pixels, and empty, which says that exactly one
         of the two masks has no pixel.
     """
-    empty = harden(prediction).any(dim=(2, 3)) != harden(truth).any(dim=(2, 3))
+    empty = harden(prediction).flatten(2).any(2) != harden(truth).flatten(2).any(2)
     columns = {
         "dsc": dice(prediction, truth),
         "hd": hausdorff(prediction, truth),
@@ -101,8 +102,8 @@ def title_of(cohort, split):
 
 
 @torch.no_grad()
-def predict(experiment, images, split):
-    """Masks of ``images`` by every method of one experiment that has been trained.
+def predict(experiment, index, split):
+    """Masks of the images ``index`` by every method of one experiment that has been trained.
 
     fs is the pre-trained segmentation network, mt the teacher; joint is the segmentation network alone, registration
     the mean of the N warped masks and combined the (weighted) mean of all 2N, each with the round that was best for
@@ -112,6 +113,7 @@ def predict(experiment, images, split):
         Dictionary of method to (round, masks, training seconds).
     """
     settings, numerics = experiment.settings, experiment.numerics
+    images = experiment.data.images[index]
     plain = lambda network: torch.cat([network.eval().segment(batch) for batch in images.split(numerics.batch(images))])
     found = {}
     network = experiment.segmentation_network()
@@ -132,7 +134,7 @@ def predict(experiment, images, split):
             networks, kept = load_round(experiment, number, stage)
             if stage == "joint_plus":
                 networks = refined(networks, settings.joint_plus)
-            made = experiment.generate(networks, images, f"{split}, {stage} round {number}",
+            made = experiment.generate(networks, index, f"{split}, {stage} round {number}",
                                        "test", stage, split, number)
             masks[number] = fuse(made, kept.get("weight", 0.5))
         for method, field in (("registration", "registration"), ("joint", "plain"), ("combined", "soft")):
@@ -156,7 +158,7 @@ def evaluate(experiment):
         if len(index) == 0:
             continue
         truth = data.masks[index]
-        for method, (number, masks, seconds) in predict(experiment, data.images[index], split).items():
+        for method, (number, masks, seconds) in predict(experiment, index, split).items():
             frame, reliable = describe(experiment, split, index, method, masks, truth)
             frames.append(frame.assign(round=number, seconds=round(seconds, 1)))
             bins.append(reliable)
@@ -169,11 +171,16 @@ def describe(experiment, split, index, method, masks, truth):
     """Scores, confidence and reliability of one method's masks of the images ``index``: (per image, bins)."""
     cohort, settings = experiment.cohort, experiment.settings
     head = {"cohort": title_of(cohort, split), "recipe": settings.recipe, "rate": settings.rate,
-            "n_labelled": len(experiment.data.labelled), "seed": settings.seed, "variant": settings.variant,
+            "n_labelled": cohort.units(experiment.data.labelled.cpu()), "seed": settings.seed, "variant": settings.variant,
             "method": method}
-    scores = score(masks, truth, cohort.classes)
+    confidence = mean_confidence(masks).cpu().numpy()
+    if isinstance(cohort, VolumeCohort):
+        scores = score_volumes(cohort, masks, index)
+        confidence = pd.Series(confidence).groupby(cohort.volumes[index]).transform("mean").to_numpy()
+    else:
+        scores = score(masks, truth, cohort.classes)
     position = scores.pop("image").to_numpy()
-    confidence = mean_confidence(masks).cpu().numpy()[position]
+    confidence = confidence[position]
     frame = scores.assign(**head, subject=cohort.subjects[index[position]], slice=index[position],
                           confidence=confidence, device=experiment.numerics.name)
     bins = reliability(masks, truth)
@@ -188,8 +195,8 @@ def evaluate_classical(experiment):
     cohort, data, settings = experiment.cohort, experiment.data, experiment.settings
     index = cohort.index("test")
     index = index[np.unique(np.linspace(0, len(index) - 1, settings.classical.images).round().astype(int))]
-    choice = draw_sources(len(index), len(data.labelled), min(settings.pseudo_masks.n, len(data.labelled)),
-                          experiment.numerics.generator(settings.seed, "classical"))
+    choice = experiment.draw_sources(data.as_index(index), min(settings.pseudo_masks.n, len(data.labelled)),
+                                     experiment.numerics.generator(settings.seed, "classical"))
     array = lambda tensor: tensor.cpu().numpy()
     start = time.monotonic()
     masks = classical.segment(array(data.images[index, 0]), array(data.images[data.labelled, 0]),

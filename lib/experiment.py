@@ -14,6 +14,7 @@ from lib.data import Tensors, load_cohort
 from lib.models import MrRegNet, ResidualUNet
 from lib.params import fingerprint, work_folder
 from lib.selection import coverage_order
+from lib.volumes import VolumeCohort
 
 # Names for the numbers that the code gives. Whoever changes the code so that the same settings give other numbers
 # changes the name as well, so that no checkpoint or finished item of the grid is taken for one of the new code;
@@ -85,13 +86,24 @@ class Experiment:
         """Where the weights of a stage (of joint round ``number``) lie."""
         return self.folder(stage) / ("network.pt" if number is None else f"round_{number:02d}.pt")
 
-    def generate(self, networks, images, label, *names):
-        """Pseudo-masks of ``images`` by ``networks`` from the labelled images; draws are seeded by ``names``."""
+    def generate(self, networks, index, label, *names):
+        """Pseudo-masks of the images ``index`` by ``networks`` from the labelled ones; draws are seeded by ``names``."""
         data = self.data
         return pseudo_masks.generate(
-            networks, images, data.images[data.labelled], data.masks[data.labelled], self.settings.pseudo_masks,
-            data.symmetric, self.numerics.generator(self.settings.seed, *names), self.numerics, label,
+            networks, data.images[index], data.images[data.labelled], data.masks[data.labelled],
+            self.settings.pseudo_masks, data.symmetric, self.numerics.generator(self.settings.seed, *names),
+            self.numerics, label, self.matches(index),
         )
+
+    def matches(self, index):
+        """Which labelled images may be registered to the images ``index``: None for all, else ``(n, k)`` positions."""
+        if not isinstance(self.cohort, VolumeCohort):
+            return None
+        return self.data.as_index(self.cohort.matches(index.cpu(), self.data.labelled.cpu()))
+
+    def draw_sources(self, index, n, generator):
+        """``(len(index), n)`` positions of random labelled images to register to the images ``index``."""
+        return pseudo_masks.draw_sources(len(index), len(self.data.labelled), n, generator, self.matches(index))
 
 
 def cohort_file(settings):

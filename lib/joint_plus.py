@@ -22,7 +22,7 @@ from lib.experiment import JOINT_PLUS, load_pretrained, save_cost
 from lib.losses import soft_dice_loss
 from lib.mean_teacher import MeanTeacher
 from lib.params import fingerprint
-from lib.pseudo_masks import draw_sources, fuse
+from lib.pseudo_masks import fuse
 from lib.refinement import refined
 from lib.rounds import Rounds, measure, save_round
 from lib.training import draw_indices, fit, steps_of, sums_of, train_registration, validation_dice, weights_digest
@@ -89,7 +89,7 @@ def make_pairs(experiment, network, per_image, number):
     data, numerics = experiment.data, experiment.numerics
     generator = numerics.generator(experiment.settings.seed, "pairs", number)
     per_image = min(per_image, len(data.labelled))
-    sources = draw_sources(len(data.unlabelled), len(data.labelled), per_image, generator).T.flatten()
+    sources = experiment.draw_sources(data.unlabelled, per_image, generator).T.flatten()
     targets = data.unlabelled.repeat(per_image)
     fields = []
     for chosen, index in zip(sources.split(numerics.batch(data.images)), targets.split(numerics.batch(data.images))):
@@ -161,12 +161,13 @@ def joint_plus_rounds(experiment):
     settings, data = experiment.settings, experiment.data
     options = settings.joint_plus
     networks = load_pretrained(experiment)
-    images = torch.cat((data.images[data.labelled], data.images[data.unlabelled]))
+    everything = torch.cat((data.labelled, data.unlabelled))
+    images = data.images[everything]
     truth = data.masks[data.validation]
     rows, histories, seconds = [], [], 0.0
     seen = refined(networks, options)
     for number in range(options.rounds + 1):
-        masks = {split: experiment.generate(seen, data.images[getattr(data, split)],
+        masks = {split: experiment.generate(seen, getattr(data, split),
                                             f"round {number}: {split} images", "joint+", split, number)
                  for split in ("validation", "unlabelled")}
         weight = fusion_weight(masks["validation"], truth) if options.fusion == "validation" else 0.5
@@ -186,6 +187,7 @@ def joint_plus_rounds(experiment):
                 experiment, registration, images, guides, steps=steps, peak=options.registration_learning_rate,
                 label=f"round {after}: registration", names=("joint+", "registration", after),
                 smoothness=[options.smoothness * value for value in settings.registration.smoothness],
+                positions=data.positions(everything),
             )
             seconds += found.seconds
             histories.append(found.history.assign(round=after, network="registration"))

@@ -73,15 +73,22 @@ def registration_masks(network, images, sources, source_masks, choice, numerics)
     return torch.stack(masks), torch.stack(warped), torch.stack(displacements)
 
 
-def draw_sources(images, sources, n, generator):
-    """``(images, n)`` random source indices: all different where there are n labelled images, else repeated."""
-    order = torch.rand((images, sources), generator=generator, device=generator.device).argsort(dim=1)
-    return order.repeat(1, -(-n // sources))[:, :n]
+def draw_sources(images, sources, n, generator, matches=None):
+    """``(images, n)`` random source indices: all different where there are enough, else repeated.
+
+    Args:
+        matches: ``(images, k)`` indices of the sources that are in question for each image; None for all.
+    """
+    count = sources if matches is None else matches.shape[1]
+    order = torch.rand((images, count), generator=generator, device=generator.device).argsort(dim=1)
+    drawn = order.repeat(1, -(-n // count))[:, :n]
+    return drawn if matches is None else matches.gather(1, drawn)
 
 
-def best_sources(network, images, sources, source_masks, n, candidates, generator, numerics):
+def best_sources(network, images, sources, source_masks, n, candidates, generator, numerics, matches=None):
     """``(batch, n)`` indices of the sources most similar to each target after registration, by GNCC."""
-    drawn = draw_sources(len(images), len(sources), min(candidates, len(sources)), generator)
+    count = len(sources) if matches is None else matches.shape[1]
+    drawn = draw_sources(len(images), len(sources), min(candidates, count), generator, matches)
     _, warped, _ = registration_masks(network, images, sources, source_masks, drawn, numerics)
     similarity = torch.stack([gncc(w, images) for w in warped], dim=1)
     ranked = drawn.gather(1, similarity.argsort(dim=1, descending=True))
@@ -89,7 +96,8 @@ def best_sources(network, images, sources, source_masks, n, candidates, generato
 
 
 @torch.no_grad()
-def generate(networks, images, sources, source_masks, settings, flip, generator, numerics, label="pseudo-masks"):
+def generate(networks, images, sources, source_masks, settings, flip, generator, numerics, label="pseudo-masks",
+             matches=None):
     """Soft pseudo-masks of ``images``, computed in batches.
 
     Args:
@@ -100,6 +108,7 @@ def generate(networks, images, sources, source_masks, settings, flip, generator,
         flip: whether the anatomy is symmetric.
         generator: for all draws.
         label: of the progress bar.
+        matches: ``(images, k)`` indices of the sources in question for each image; None for all.
 
     Returns:
         PseudoMasks.
@@ -113,14 +122,17 @@ def generate(networks, images, sources, source_masks, settings, flip, generator,
         raise ValueError(f"pseudo_masks.sources '{settings.sources}' in params.yaml is not one of random, best")
     segmentation, registration = (network.eval() for network in networks)
     n, parts = settings.n, []
-    for batch in tqdm(images.split(numerics.batch(images)), desc=label, unit="batch", leave=False):
+    size = numerics.batch(images)
+    for start in tqdm(range(0, len(images), size), desc=label, unit="batch", leave=False):
+        batch, allowed = images[start : start + size], None if matches is None else matches[start : start + size]
         seen = segmentation_masks(segmentation, batch, n, generator, settings, flip, numerics)
         if settings.sources == "best":
             choice = best_sources(
-                registration, batch, sources, source_masks, n, settings.candidates, generator, numerics
+                registration, batch, sources, source_masks, n, settings.candidates, generator, numerics,
+                allowed,
             )
         else:
-            choice = draw_sources(len(batch), len(sources), n, generator)
+            choice = draw_sources(len(batch), len(sources), n, generator, allowed)
         warped, _, displacements = registration_masks(registration, batch, sources, source_masks, choice, numerics)
         folds = torch.stack([folding(d) for d in displacements]).mean(0)
         parts.append(PseudoMasks(seen[0], seen.mean(0), warped.mean(0), torch.cat((seen, warped)).mean(0), folds))

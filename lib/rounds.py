@@ -8,7 +8,7 @@ import torch
 from lib.evaluation import dice
 from lib.experiment import load_pretrained, save_atomically, save_cost
 from lib.losses import gncc
-from lib.pseudo_masks import draw_sources, mean_confidence
+from lib.pseudo_masks import mean_confidence
 from lib.training import steps_of, train_registration, train_segmentation
 from lib.warping import inverse_consistency_error, warp
 
@@ -31,7 +31,7 @@ def registration_quality(experiment, network, index, *names):
     network.eval()
     data, numerics = experiment.data, experiment.numerics
     generator = numerics.generator(experiment.settings.seed, "quality", *names)
-    sources = data.labelled[draw_sources(len(index), len(data.labelled), 1, generator)[:, 0]]
+    sources = data.labelled[experiment.draw_sources(index, 1, generator)[:, 0]]
     parts = []
     for targets, chosen in zip(index.split(numerics.batch(data.images)), sources.split(numerics.batch(data.images))):
         source, target, truth = data.images[chosen], data.images[targets], data.masks[targets]
@@ -89,10 +89,11 @@ def joint_rounds(experiment):
     settings, data = experiment.settings, experiment.data
     options = settings.joint
     networks = load_pretrained(experiment)
-    images = torch.cat((data.images[data.labelled], data.images[data.unlabelled]))
+    everything = torch.cat((data.labelled, data.unlabelled))
+    images = data.images[everything]
     rows, histories, seconds = [], [], 0.0
     for number in range(options.rounds + 1):
-        masks = {split: experiment.generate(networks, data.images[getattr(data, split)],
+        masks = {split: experiment.generate(networks, getattr(data, split),
                                             f"round {number}: {split} images", "joint", split, number)
                  for split in ("validation", "unlabelled")}
         measured = [measure(experiment, networks, masks[split], split, number) for split in masks]
@@ -102,14 +103,15 @@ def joint_rounds(experiment):
             break
         targets = torch.cat((data.masks[data.labelled], masks["unlabelled"].soft))
         after = number + 1
-        for train, network, epochs, peak in (
-            (train_segmentation, networks[0], options.segmentation_epochs, options.segmentation_learning_rate),
-            (train_registration, networks[1], options.registration_epochs, options.registration_learning_rate),
+        for train, network, epochs, peak, more in (
+            (train_segmentation, networks[0], options.segmentation_epochs, options.segmentation_learning_rate, {}),
+            (train_registration, networks[1], options.registration_epochs, options.registration_learning_rate,
+             {"positions": data.positions(everything)}),
         ):
             name = train.__name__.removeprefix("train_")
             steps = steps_of(epochs, len(images), settings[name].batch)
             found = train(experiment, network, images, targets, steps=steps, peak=peak,
-                          label=f"round {after}: {name}", names=("joint", name, after))
+                          label=f"round {after}: {name}", names=("joint", name, after), **more)
             seconds += found.seconds
             histories.append(found.history.assign(round=after, network=name))
     save_cost(experiment, "joint", seconds)

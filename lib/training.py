@@ -18,6 +18,7 @@ from lib.models import pad_to_multiple
 from lib.params import fingerprint, work_folder
 
 CHECKPOINT_SECONDS = 20
+NEAREST_OF = 8  # slices of volumes are paired with the nearest along the axis of so many
 HOST_STEPS = 10  # steps between two looks at the loss, each of which waits for the GPU
 
 
@@ -192,13 +193,16 @@ def train_segmentation(experiment, network, images, masks, *, steps, peak, label
     )
 
 
-def train_registration(experiment, network, images, masks, *, steps, peak, label, names, smoothness=None):
+def train_registration(experiment, network, images, masks, *, steps, peak, label, names, smoothness=None,
+                       positions=None):
     """Minimise the registration objective, eq. (3), of ``network`` on random pairs of images.
 
     Args:
         masks: ``(n, classes, height, width)`` that guide the registration, or None in pre-training.
         steps: of the optimiser.
         smoothness: weights, coarsest level first; None for those of the settings.
+        positions: ``(n,)`` of the images along the axis of their volumes: each is then paired with the nearest of
+            NEAREST_OF drawn ones; None pairs at random.
         The other arguments are those of train_segmentation.
 
     Returns:
@@ -210,6 +214,10 @@ def train_registration(experiment, network, images, masks, *, steps, peak, label
 
     def batch_loss(generator, step):
         index = draw_indices(len(images), 2 * options.batch, generator)
+        if positions is not None:
+            drawn = torch.randint(len(images), (options.batch, NEAREST_OF), generator=generator, device=index.device)
+            distance = (positions[drawn] - positions[index[: options.batch], None]).abs()
+            index[options.batch :] = drawn.gather(1, distance.argmin(1, keepdim=True))[:, 0]
         batch = images[index]
         guides = masks[index] if masks is not None else images[index, :0]
         if options.augmentation == "strong":
@@ -272,7 +280,7 @@ def pretrain_registration(experiment):
     found = train_registration(
         experiment, network, data.images[data.train], None,
         steps=steps_of(options.epochs, len(data.train), options.batch), peak=options.learning_rate,
-        label="registration", names=("registration", "pretraining"),
+        label="registration", names=("registration", "pretraining"), positions=data.positions(data.train),
     )
     save_network(experiment, "registration", network, found)
     return network, found

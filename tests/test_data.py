@@ -143,14 +143,17 @@ def test_the_papers_split_where_there_are_enough_slices():
 def test_labelled_images_come_from_distinct_subjects_first(task):
     cohort = hippocampus.build(settings(task), seed=1)
     subjects = len(set(cohort.subjects[cohort.index("train")]))
-    labelled, unlabelled = data.draw_labelled(cohort, 100 * subjects / len(cohort.index("train")), seed=3)
-    assert len(set(cohort.subjects[labelled])) == len(labelled) == subjects
-    assert set(labelled) | set(unlabelled) == set(cohort.index("train")) and not set(labelled) & set(unlabelled)
+    order = cohort.order(seed=3)
+    assert len(set(cohort.subjects[order[:subjects]])) == subjects
+    assert sorted(order) == cohort.index("train").tolist()
+    assert cohort.count(100 * subjects / len(order)) == cohort.units(order[:subjects]) == subjects
 
 
 def test_rates_are_the_papers():
-    assert [data.labelled_count(rate, 600) for rate in (1, 10, 50, 100)] == [5, 60, 300, 600]
-    assert data.labelled_count(1, 489) == 5
+    for slices, counts in ((600, [5, 60, 300, 600]), (489, [5, 49, 244, 489]), (4, [4, 1, 2, 4])):
+        empty = np.zeros((slices, 2, 2))
+        cohort = data.Cohort("a", "a", empty, empty, np.arange(slices), np.full(slices, "train"), ("x",), False, 1.0)
+        assert [cohort.count(rate) for rate in (1, 10, 50, 100)] == counts
 
 
 def test_a_constant_slice_is_not_a_division_by_zero():

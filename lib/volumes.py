@@ -1,0 +1,133 @@
+"""Cohorts whose slices are from 3D volumes: resized for the networks, scored per volume at their original size."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from lib.data import Cohort, min_max, to_labels
+
+
+@dataclass(frozen=True)
+class VolumeCohort(Cohort):
+    """Slices of volumes. Those of one volume stand together, in their order along the axis.
+
+    Attributes, besides those of Cohort:
+        volumes: ``(slices,)`` id of the volume that a slice is from.
+        positions: ``(slices,)`` float32 along the axis, 0 the first slice of its volume, 1 the last.
+        ranks: ``(slices,)`` place of the slice's subject in the order in which subjects are labelled.
+        shapes: ``(volumes, 3)`` original height, width and slices, in the order in which the volumes stand.
+        truth: ``(voxels,)`` uint8, the original labels of all volumes one after another, slices first.
+    """
+
+    volumes: np.ndarray
+    positions: np.ndarray
+    ranks: np.ndarray
+    shapes: np.ndarray
+    truth: np.ndarray
+
+    def order(self, seed):
+        """Training slices, subject after subject in the order that the split gives; no seed changes it."""
+        train = self.index("train")
+        return train[np.argsort(self.ranks[train], kind="stable")]
+
+    def count(self, rate):
+        """How many training slices the labelled subjects have at ``rate`` per cent of the subjects."""
+        ranks = self.ranks[self.index("train")]
+        subjects = len(np.unique(ranks))
+        return int((ranks < max(1, round(subjects * rate / 100))).sum())
+
+    def units(self, index):
+        """How many subjects these slices are from: the tables' n_labelled."""
+        return len(np.unique(self.subjects[np.asarray(index)]))
+
+    def names(self):
+        """Ids of all volumes in the order in which they stand."""
+        return self.volumes[np.sort(np.unique(self.volumes, return_index=True)[1])]
+
+    def original(self, number):
+        """Labels of the volume at place ``number``: ``(slices, height, width)`` uint8."""
+        height, width, slices = self.shapes[number]
+        start = int(self.shapes[:number].prod(axis=1).sum())
+        return self.truth[start : start + height * width * slices].reshape(slices, height, width)
+
+    def matches(self, index, sources):
+        """For every slice, of every volume among ``sources`` the slice that lies nearest along the axis.
+
+        Args:
+            index: ``(n,)`` slices.
+            sources: ``(m,)`` slices.
+
+        Returns:
+            ``(n, volumes among the sources)`` positions in ``sources``.
+        """
+        index, sources = np.asarray(index), np.asarray(sources)
+        nearest = []
+        for volume in dict.fromkeys(self.volumes[sources]):
+            members = np.flatnonzero(self.volumes[sources] == volume)
+            distance = np.abs(self.positions[index][:, None] - self.positions[sources[members]])
+            nearest.append(members[distance.argmin(axis=1)])
+        return np.stack(nearest, axis=1)
+
+
+def fit_to(image, size, mode):
+    """A stack of slices ``(slices, height, width)`` resized to ``size`` x ``size``; ``nearest`` for labels."""
+    tensor = torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)[:, None]
+    options = {} if mode == "nearest" else {"align_corners": False, "antialias": True}
+    return F.interpolate(tensor, size=(size, size), mode=mode, **options)[:, 0].numpy()
+
+
+def score_volumes(cohort, masks, index):
+    """DSC, HD and HD95, in pixels, of every volume and class at the volume's original size.
+
+    Args:
+        cohort: VolumeCohort.
+        masks: ``(slices, classes, size, size)`` in [0, 1], of the slices ``index``, which hold whole volumes.
+
+    Returns:
+        pandas.DataFrame with columns image (position in ``index`` of the volume's first slice), class, dsc, hd,
+        hd95 and empty.
+    """
+    from lib.evaluation import score  # which imports lib.data
+
+    frames = []
+    for number, name in enumerate(cohort.names()):
+        position = np.flatnonzero(cohort.volumes[index] == name)
+        if len(position) == 0:
+            continue
+        truth = torch.as_tensor(cohort.original(number).astype(np.int64))
+        seen = F.interpolate(masks[position].float().cpu(), size=truth.shape[1:], mode="bilinear", align_corners=False)
+        labels = to_labels(seen)
+        hard = [torch.stack([found == value for value in range(1, len(cohort.classes) + 1)])[None].float()
+                for found in (labels, truth)]
+        frames.append(score(*hard, cohort.classes).assign(image=position[0]))
+    return pd.concat(frames, ignore_index=True)
+
+
+def assemble(name, title, volumes, classes, size):
+    """A VolumeCohort of whole volumes.
+
+    Args:
+        name, title: as Cohort has them.
+        volumes: list of (id, subject, split, rank of the subject, image, labels), both ``(slices, height, width)``.
+        classes: name of every foreground class.
+        size: side of the resized slices.
+    """
+    columns = {key: [] for key in ("images", "labels", "subjects", "split", "volumes", "positions", "ranks")}
+    for volume, subject, split, rank, image, labels in volumes:
+        low, high = np.percentile(image, (0.5, 99.5))  # a few bright vessels would make all else dark
+        image = min_max(np.clip(image, low, high))
+        count = len(image)
+        columns["images"].append(fit_to(image, size, "bilinear"))
+        columns["labels"].append(fit_to(labels, size, "nearest").astype(np.uint8))
+        for key, value in (("subjects", subject), ("split", split), ("volumes", volume), ("ranks", rank)):
+            columns[key].append(np.full(count, value))
+        columns["positions"].append(np.linspace(0, 1, count, dtype=np.float32))
+    return VolumeCohort(
+        name=name, title=title, classes=classes, symmetric=False, pixel_mm=1.0,
+        shapes=np.array([(*image.shape[1:], len(image)) for *_, image, _ in volumes]),
+        truth=np.concatenate([labels.astype(np.uint8).ravel() for *_, labels in volumes]),
+        **{key: np.concatenate(parts) for key, parts in columns.items()},
+    )
