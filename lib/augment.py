@@ -66,7 +66,7 @@ def change_contrast(images, factors):
     return (mean + (images - mean) * factors[:, None, None, None]).clamp(0, 1)
 
 
-def augment(images, masks, generator, settings, flip):
+def augment(images, masks, generator, settings, flip, maps=None):
     """The strong recipe's augmentation of a training batch: one affine map for image and mask, then intensity.
 
     Args:
@@ -74,12 +74,13 @@ def augment(images, masks, generator, settings, flip):
         masks: ``(batch, classes, height, width)``, moved with exactly the map of their image.
         settings: section ``augmentation`` of params.yaml.
         flip: whether the anatomy is symmetric.
+        maps: Affine, one per image; None draws them.
 
     Returns:
         Augmented (images, masks), same shapes and ranges.
     """
     n, side = len(images), max(images.shape[-2:])
-    maps = draw_affine(
+    maps = maps or draw_affine(
         n, side, generator, rotation=settings.rotation, scaling=settings.scaling, shift=settings.shift, flip=flip
     )
     images, masks = maps.apply(images), maps.apply(masks, padding="zeros")

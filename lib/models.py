@@ -60,8 +60,8 @@ class ResidualUNet(nn.Module):
         self.merge = nn.ModuleList(ResidualBlock(2 * c, c, normalisation) for c in channels[:-1])
         self.head = nn.Conv2d(root, classes, 1)
 
-    def forward(self, image):
-        """Logits ``(batch, classes, height, width)`` of images ``(batch, 1, height, width)`` of any size."""
+    def features(self, image):
+        """Features ``(batch, root, height, width)`` of images ``(batch, 1, height, width)`` of any size."""
         height, width = image.shape[-2:]
         (x,) = pad_to_multiple(image)
         skips = []
@@ -70,7 +70,11 @@ class ResidualUNet(nn.Module):
             skips.append(x)
         for level in reversed(range(LEVELS - 1)):
             x = self.merge[level](torch.cat((skips[level], F.relu(self.up[level](x))), 1))
-        return self.head(x)[..., :height, :width].float()
+        return x[..., :height, :width]
+
+    def forward(self, image):
+        """Logits ``(batch, classes, height, width)`` of images ``(batch, 1, height, width)`` of any size."""
+        return self.head(self.features(image)).float()
 
     def segment(self, image):
         """Probabilities ``(batch, classes, height, width)`` in [0, 1], float32."""

@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib import cctr, params
+from lib.augment import Affine, draw_affine
+from lib.warping import pixel_grid
+
+OPTIONS = params.Section(threshold=0.8, anchors=50, negatives=40, temperature=0.5)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_info_nce_of_a_hand_computed_case():
+    anchors, positives = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
+    negatives = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    up = math.exp(0.6 / 0.5)
+    expected = -math.log(up / (up + math.exp(0) + math.exp(-1 / 0.5)))
+    assert float(cctr.info_nce(anchors, positives, negatives, 0.5)) == pytest.approx(expected)
+    valid = torch.tensor([True, False])
+    assert float(cctr.info_nce(anchors, positives, negatives, 0.5, valid)) == pytest.approx(-math.log(up / (up + 1)))
+
+
+def test_only_confident_pixels_are_anchors_and_negatives():
+    features = F.normalize(torch.randn(200, 8, generator=generator()), dim=1).requires_grad_()
+    labels = torch.arange(200) % 3
+    confidence = (torch.arange(200) < 100).float()
+    loss, reps = cctr.pixel_contrast(features, labels, confidence, 3, OPTIONS, generator())
+    loss.backward()
+    touched = features.grad.abs().sum(dim=1) > 0
+    assert touched[:100].any() and not touched[100:].any() and reps == 0
+    changed = features.detach().clone()
+    changed[100:] = -changed[100:]
+    assert torch.equal(loss.detach(), cctr.pixel_contrast(changed, labels, confidence, 3, OPTIONS, generator())[0])
+
+
+def test_contrast_falls_where_classes_part():
+    labels = torch.arange(120) % 3
+    apart = F.one_hot(labels, 4).float()
+    mixed = F.normalize(torch.randn(120, 4, generator=generator()), dim=1)
+    confidence = torch.ones(120)
+    loss = lambda features: float(cctr.pixel_contrast(features, labels, confidence, 3, OPTIONS, generator())[0])
+    assert loss(apart) < 0.5 * loss(mixed)
+
+
+def test_a_class_without_anchors_does_not_count():
+    labels = torch.arange(120) % 2
+    features = F.one_hot(labels, 4).float()
+    two = cctr.pixel_contrast(features, labels, torch.ones(120), 2, OPTIONS, generator())[0]
+    five = cctr.pixel_contrast(features, labels, torch.ones(120), 5, OPTIONS, generator())[0]
+    assert torch.isfinite(five) and float(five) == pytest.approx(float(two), rel=0.05)
+
+
+def test_the_bank_gives_back_what_was_seen_at_the_place_that_it_was_seen():
+    side, stride = 32, 2
+    shape = (3, side // stride, side // stride)
+    bank = cctr.Bank(4, shape, stride)
+    smooth = F.interpolate(torch.randn(2, 3, 4, 4, generator=generator()), size=shape[1:], mode="bicubic")
+    features = F.normalize(smooth, dim=1)
+    still = Affine(torch.eye(2).repeat(2, 1, 1), torch.zeros(2, 2))
+    index = torch.tensor([1, 3])
+    bank.store(index, features, still)
+    assert torch.allclose(bank.features[index], features, atol=1e-5) and bank.seen[0].sum() == 0
+    maps = draw_affine(2, side, generator(), rotation=10, shift=0.05)
+    again = cctr.Bank(4, shape, stride)
+    seen = F.normalize(Affine(maps.matrix, maps.shift / stride).apply(features), dim=1)
+    again.store(index, seen, maps)
+    middle = (slice(None), slice(None), slice(4, 12), slice(4, 12))
+    assert (again.features[index] * features).sum(1, keepdim=True)[middle].mean() > 0.98
+
+
+def test_positives_are_looked_up_at_the_corresponding_pixel():
+    side, stride = 32, 2
+    bank = cctr.Bank(1, (2, side // stride, side // stride), stride)
+    bank.seen[:] = 1
+    bank.features[0, 0] = 1
+    bank.features[0, :, 5, 9] = torch.tensor([0.0, 1.0])  # covers pixels 10, 11 and 18, 19
+    displacement = torch.tensor([4.0, -6.0]).reshape(1, 2, 1, 1)
+    coordinates = pixel_grid(side, side, torch.device("cpu")) + displacement
+    found, known = bank.look_up(torch.tensor([0]), coordinates)
+    assert found[0, :, 6, 24].tolist() != [1.0, 0.0]
+    exact = (pixel_grid(side, side, torch.device("cpu")) * 0 + torch.tensor([10.5, 18.5]).reshape(1, 2, 1, 1))
+    assert torch.allclose(bank.look_up(torch.tensor([0]), exact)[0][0, :, 0, 0], torch.tensor([0.0, 1.0]), atol=1e-5)
+    assert not known[0, 31, 16] and known[0, 10, 16]  # four rows below the last there is nothing
