@@ -8,16 +8,22 @@ to those of the anatomically corresponding pixel of the registered volume (*regi
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import SwinUNETR
 from torch import nn
+from tqdm import tqdm
 
 from lib.augment import Affine, augment, draw_affine
 from lib.data import to_labels
+from lib.evaluation import dice
+from lib.experiment import CCTR
 from lib.losses import gncc, soft_dice_loss
 from lib.mean_teacher import ramp_up
 from lib.models import ResidualUNet
+from lib.params import fingerprint
+from lib.training import draw_indices, fit, sums_of, validation_dice, weights_digest
 from lib.warping import pixel_grid, sample, warp
 
 SWIN_MULTIPLE = 32  # sides must divide by this
@@ -139,7 +145,8 @@ def pixel_contrast(features, labels, confidence, classes, options, generator, co
         anchors, negatives = features[index], features[others].detach()
         key = F.normalize(weighted_mean(anchors, valid).detach(), dim=0)
         exists = valid.any() & counted.any()
-        losses.append(weighted_mean(info_nce(anchors, key.expand_as(anchors), negatives, options.temperature, counted), valid))
+        loss = info_nce(anchors, key.expand_as(anchors), negatives, options.temperature, counted)
+        losses.append(weighted_mean(loss, valid))
         present.append(exists)
         if counterparts is not None:
             found = valid & counterparts[1][index]
@@ -185,3 +192,188 @@ class Bank(nn.Module):
         at = (coordinates - (self.stride - 1) / 2) / self.stride
         found = sample(torch.cat((self.features[index], self.seen[index]), 1), at, padding="zeros")
         return F.normalize(found[:, :-1], dim=1), found[:, -1] > 0.999
+
+
+@torch.no_grad()
+def register_labelled(experiment, network):
+    """Best registration selection: for every unlabelled volume the labelled one most similar to it after registration.
+
+    Slices are registered one by one, each to the slice of the labelled volume that lies nearest along the axis; the
+    similarity of two volumes is the mean GNCC over the slices. Where images are not from volumes each stands alone.
+
+    Args:
+        experiment: Experiment.
+        network: MrRegNet, or refinement.Refined.
+
+    Returns:
+        Registered.
+    """
+    network.eval()
+    data, numerics, cohort = experiment.data, experiment.numerics, experiment.cohort
+    matches = experiment.matches(data.unlabelled)
+    if matches is None:
+        matches = torch.arange(len(data.labelled), device=data.labelled.device).expand(len(data.unlabelled), -1)
+    volumes = getattr(cohort, "volumes", np.arange(len(cohort.images)))[data.unlabelled.cpu()]
+    members = data.as_index(np.unique(volumes, return_inverse=True)[1])
+    size = numerics.batch(data.images)
+    best, chosen, fields = None, torch.zeros_like(members), None
+    for candidate in tqdm(matches.T, desc="registering labelled images", unit="volume"):
+        parts, similar = [], []
+        for index, sources in zip(data.unlabelled.split(size), candidate.split(size)):
+            source, target = data.images[data.labelled[sources]], data.images[index]
+            with numerics.autocast():
+                parts.append(network.register(source, target))
+            similar.append(gncc(warp(source, parts[-1]), target))
+        found, similar = torch.cat(parts), torch.cat(similar)
+        total = torch.zeros(int(members.max()) + 1, device=similar.device).index_add(0, members, similar)
+        mean = (total / torch.bincount(members))[members]
+        if best is None:
+            best, chosen, fields, kept = mean, candidate.clone(), found, similar
+            continue
+        better = mean > best
+        best, chosen = torch.where(better, mean, best), torch.where(better, candidate, chosen)
+        kept = torch.where(better, similar, kept)
+        fields = torch.where(better[:, None, None, None], found, fields)
+    return Registered(chosen, fields, kept)
+
+
+class CrossTeaching(nn.Module):
+    """Both learners, and the bank; what is trained, saved and resumed as one."""
+
+    def __init__(self, classes, labelled, size, options, normalisation):
+        super().__init__()
+        dimension, stride = options.dimension, options.stride
+        self.first = Learner(ResidualUNet(classes + 1, normalisation), 16, classes, dimension, stride)
+        self.second = Learner(SwinUNet(options.width), options.width, classes, dimension, stride)
+        shape = (dimension, *(side // stride for side in size))
+        self.bank = Bank(labelled, shape, stride) if options.reps else None
+
+    def segment(self, images):
+        """Network A alone is validated."""
+        return self.first.segment(images)
+
+
+def supervised_loss(logits, masks):
+    """Cross-entropy plus soft Dice of foreground masks ``(batch, classes, height, width)``."""
+    return F.cross_entropy(logits, to_labels(masks)) + soft_dice_loss(logits.softmax(1)[:, 1:], masks)
+
+
+def taught_loss(logits, teacher):
+    """Soft Dice against the teacher's most probable classes; no gradient reaches the teacher."""
+    labels = F.one_hot(teacher.detach().argmax(1), teacher.shape[1]).movedim(-1, 1)
+    return soft_dice_loss(logits.softmax(1)[:, 1:], labels[:, 1:])
+
+
+def train_cctr(experiment, registered):
+    """Train both networks (P2, section 3).
+
+    Args:
+        experiment: Experiment.
+        registered: Registered.
+
+    Returns:
+        (CrossTeaching, Fit, whose ``watched`` are the DSC of the pseudo-labels of A and of B).
+    """
+    settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
+    options = settings.cctr
+    classes, size = len(experiment.cohort.classes), data.images.shape[-2:]
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        networks = CrossTeaching(classes, len(data.labelled), size, options, settings.segmentation.normalisation)
+    networks = numerics.place(networks)
+    labelled, masks = data.images[data.labelled], data.masks[data.labelled]
+    unlabelled = data.images[data.unlabelled]
+    warped = registered.masks(masks)
+    half = options.batch // 2
+    grid = pixel_grid(*size, labelled.device)
+    scale = max(size)
+
+    def batch_loss(generator, step):
+        known = draw_indices(len(labelled), half, generator)
+        free = draw_indices(len(unlabelled), options.batch - half, generator)
+        images = torch.cat((labelled[known], unlabelled[free]))
+        sources = (grid + registered.fields[free]) / scale  # moved along with the image by the augmentation
+        more = torch.cat((warped[free], sources, torch.ones_like(sources[:, :1])), 1)
+        more = torch.cat((F.pad(masks[known], (0, 0, 0, 0, 0, 3)), more))
+        maps = draw_affine(len(images), scale, generator, flip=data.symmetric, rotation=settings.augmentation.rotation,
+                           scaling=settings.augmentation.scaling, shift=settings.augmentation.shift)
+        images, more = augment(images, more, generator, settings.augmentation, data.symmetric, maps)
+        targets, sources, inside = more[:, :classes], more[:, classes : classes + 2] * scale, more[:, -1] > 0.999
+        with numerics.autocast():
+            (first, seen_first), (second, seen_second) = networks.first(images), networks.second(images)
+        ramp = ramp_up(step, 0, options.ramp * options.steps)
+        losses = {
+            "supervised": sum(supervised_loss(logits[:half], targets[:half]) for logits in (first, second)),
+            "cross": taught_loss(first[half:], second[half:]) + taught_loss(second[half:], first[half:]),
+        }
+        weights = {"supervised": 1.0, "cross": options.cross_teaching * ramp}
+        if options.rsl:
+            losses["rsl"] = sum(soft_dice_loss(logits[half:].softmax(1)[:, 1:], targets[half:])
+                                for logits in (first, second))
+            weights["rsl"] = options.rsl * (1 - ramp * (1 - options.rsl_end))
+        if options.contrast:
+            counterparts = None
+            if options.reps:
+                every = (slice(None), slice(None), slice(options.stride // 2, None, options.stride),
+                         slice(options.stride // 2, None, options.stride))
+                found, there = networks.bank.look_up(registered.sources[free], sources[half:][every])
+                there = F.pad(there & inside[half:, None][every][:, 0], (0, 0, 0, 0, half, 0))  # labelled ones have none
+                found = F.pad(found, (0, 0, 0, 0, 0, 0, half, 0))
+                counterparts = pixels(found).repeat(2, 1), there.flatten().repeat(2)
+                networks.bank.store(known, F.normalize(seen_first[:half] + seen_second[:half], dim=1), maps[:half])
+            described = [describe(logits, targets[:half], half, options.stride) for logits in (first, second)]
+            features = torch.cat((pixels(seen_first), pixels(seen_second)))
+            labels, confidence = (torch.cat(parts) for parts in zip(*described))
+            losses["contrast"], reps = pixel_contrast(features, labels, confidence, classes + 1, options, generator,
+                                                      counterparts)
+            weights["contrast"] = options.contrast * ramp
+            if options.reps:
+                losses["reps"], weights["reps"] = reps, options.reps * ramp
+        return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
+
+    example = data.unlabelled[:: max(1, len(data.unlabelled) // options.watched)]
+
+    @torch.no_grad()
+    def watch(trained):
+        trained.eval()
+        learners = trained.first, trained.second
+        return torch.stack([slice_dice(experiment, learner, example) for learner in learners]).cpu()
+
+    key = fingerprint(experiment.origin, CCTR, options, settings.segmentation.normalisation, weights_digest(networks),
+                      sums_of(labelled, masks, unlabelled, registered.fields.square()))
+    found = fit(
+        networks, batch_loss, steps=options.steps, peak=options.learning_rate, schedule="one_cycle",
+        weight_decay=options.weight_decay, generator=numerics.generator(settings.seed, "cctr"), key=key, label="cctr",
+        validate=lambda trained: validation_dice(experiment, trained), watch=watch,
+    )
+    return networks, found
+
+
+def pixels(features):
+    """Features ``(batch, dimension, h, w)`` as ``(batch * h * w, dimension)``."""
+    return features.movedim(1, -1).flatten(0, 2)
+
+
+@torch.no_grad()
+def describe(logits, masks, half, stride):
+    """Label and confidence of every pixel that has a feature: the true ones of labelled images, else the network's.
+
+    Returns:
+        ``(batch * h * w,)`` each.
+    """
+    probability = F.avg_pool2d(logits.softmax(1), stride)
+    confidence, labels = probability.max(dim=1)
+    true = F.avg_pool2d(masks, stride)
+    labels[:half] = to_labels(true)
+    certain = torch.maximum(true.amax(1), 1 - true.sum(1))
+    confidence[:half] = certain
+    return labels.flatten(), confidence.flatten()
+
+
+def slice_dice(experiment, network, index):
+    """Mean DSC over classes of a network's masks of the images ``index``."""
+    data, found = experiment.data, []
+    for part in index.split(experiment.numerics.batch(data.images)):
+        with experiment.numerics.autocast():
+            found.append(dice(network.segment(data.images[part]), data.masks[part]))
+    return torch.cat(found).mean()

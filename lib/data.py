@@ -232,10 +232,12 @@ def check_split(subjects, split):
 
 def build(settings):
     """The cohort that params.yaml names; ``settings`` as params.load gives them."""
-    from lib import anatomies, hippocampus, midbrain  # they import this module
+    from lib import acdc, anatomies, hippocampus, midbrain  # they import this module
 
     if settings.cohort == "midbrain":
         cohort = midbrain.build(settings.midbrain, settings.split_seed, anatomies.raw_folder())
+    elif settings.cohort == "acdc":
+        cohort = acdc.build(settings.acdc)
     else:
         cohort = hippocampus.build(settings.hippocampus, settings.split_seed)
     check_split(cohort.subjects, cohort.split)

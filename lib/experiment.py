@@ -22,6 +22,7 @@ from lib.volumes import VolumeCohort
 NUMERICS = "d7fa566ff1753849"  # networks, losses, warping, augmentation, pseudo-masks and training
 MEAN_TEACHER = "4fd182be9f838728"
 JOINT_PLUS = "refinement"
+CCTR = "first"
 
 
 class Experiment:

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("paper", "strong")
 CHOICES = {
-    "cohort": ("midbrain", "hippocampus"),
+    "cohort": ("midbrain", "hippocampus", "acdc"),
     "recipe": RECIPES,
     "scale": ("smoke", "cpu", "paper"),
 }
