@@ -86,3 +86,27 @@ def test_positives_are_looked_up_at_the_corresponding_pixel():
     exact = (pixel_grid(side, side, torch.device("cpu")) * 0 + torch.tensor([10.5, 18.5]).reshape(1, 2, 1, 1))
     assert torch.allclose(bank.look_up(torch.tensor([0]), exact)[0][0, :, 0, 0], torch.tensor([0.0, 1.0]), atol=1e-5)
     assert not known[0, 31, 16] and known[0, 10, 16]  # four rows below the last there is nothing
+
+
+def test_no_gradient_reaches_the_teaching_side():
+    student = torch.randn(2, 4, 8, 8, generator=generator(), requires_grad=True)
+    teacher = torch.randn(2, 4, 8, 8, generator=generator(), requires_grad=True)
+    cctr.taught_loss(student, teacher).backward()
+    assert student.grad.abs().sum() > 0 and teacher.grad is None
+
+
+def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn():
+    teacher = 50 * F.one_hot(torch.randint(4, (2, 8, 8), generator=generator()), 4).movedim(-1, 1).float()
+    assert float(cctr.taught_loss(teacher, teacher)) == pytest.approx(0, abs=1e-3)
+    assert float(cctr.taught_loss(teacher.roll(1, dims=1), teacher)) > 0.5
+
+
+@pytest.mark.parametrize("side", [40, 64])
+def test_both_networks_segment_images_of_any_size(side):
+    for body, channels in ((cctr.ResidualUNet(4, "instance"), 16), (cctr.SwinUNet(12), 12)):
+        learner = cctr.Learner(body, channels, 3, 8, 4)
+        logits, features = learner(torch.rand(2, 1, side, side))
+        assert logits.shape == (2, 4, side, side) and features.shape == (2, 8, side // 4, side // 4)
+        assert torch.allclose(features.norm(dim=1), torch.ones(2, side // 4, side // 4), atol=1e-5)
+        masks = learner.segment(torch.rand(2, 1, side, side))
+        assert masks.shape == (2, 3, side, side) and 0 <= masks.min() and masks.sum(1).max() <= 1.0001

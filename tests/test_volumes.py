@@ -1,0 +1,140 @@
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.metrics import compute_dice, compute_hausdorff_distance
+
+from lib import acdc, data, experiment, params, volumes
+
+SPLIT = {"train": [f"patient{k:03d}" for k in (1, 2, 3)], "validation": ["patient004"], "test": ["patient005"]}
+
+
+def heart(seed, slices=4, height=40, width=32):
+    """A made-up heart: three labelled structures one inside the other, on noise."""
+    rng = np.random.default_rng(seed)
+    rows, columns, depth = np.mgrid[:height, :width, :slices]
+    centre = rng.uniform(16, 20), rng.uniform(13, 17)
+    distance = np.hypot(rows - centre[0], columns - centre[1]) + depth
+    labels = np.select([distance < 5, distance < 8, distance < 11], [3, 2, 1], 0).astype(np.uint8)
+    return (1000 * (labels / 3 + 0.1 * rng.random(labels.shape))).astype(np.uint16), labels
+
+
+def write(folder, patient, frame, image, labels, name="{patient}_frame{frame:02d}{end}.nii.gz"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for array, end in ((image, ""), (labels, "_gt")):
+        if array is not None:
+            nib.save(nib.Nifti1Image(array, np.eye(4)), folder / name.format(patient=patient, frame=frame, end=end))
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(acdc, "SPLIT", SPLIT)
+    return params.Section(folder=str(tmp_path / "acdc"), size=32, patients={})
+
+
+@pytest.fixture(params=["flat", "challenge"])
+def folder(request, tmp_path):
+    for k in range(1, 6):
+        patient = f"patient{k:03d}"
+        at = tmp_path / "acdc" / ("" if request.param == "flat" else f"training/{patient}")
+        for frame in (1, 9):
+            write(at, patient, frame, *heart(10 * k + frame, slices=3 + k % 2))
+        if request.param == "challenge":
+            (at / "Info.cfg").write_text("ED: 1\nES: 9\nGroup: NOR\n")
+            write(at, patient, 5, *heart(99))  # a frame that is neither ED nor ES
+    return tmp_path / "acdc"
+
+
+def test_both_layouts_give_both_phases_of_every_patient(settings, folder):
+    cohort = acdc.build(settings)
+    assert list(cohort.names()) == [f"{p}_frame{f:02d}" for p in sum(SPLIT.values(), []) for f in (1, 9)]
+    assert cohort.images.shape[1:] == (32, 32) and 0 <= cohort.images.min() and cohort.images.max() <= 1
+    for number, name in enumerate(cohort.names()):
+        k, frame = int(name[7:10]), int(name[-2:])
+        assert np.array_equal(cohort.original(number), np.moveaxis(heart(10 * k + frame, 3 + k % 2)[1], 2, 0))
+    assert cohort.positions[cohort.volumes == "patient001_frame01"].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_patients_are_labelled_in_the_splits_order_whatever_the_seed(settings, folder):
+    cohort = acdc.build(settings)
+    for seed in (1, 2):
+        order = cohort.order(seed)
+        assert list(dict.fromkeys(cohort.subjects[order])) == SPLIT["train"]
+    assert [cohort.units(order[: cohort.count(rate)]) for rate in (1, 34, 67, 100)] == [1, 1, 2, 3]
+
+
+def test_the_file_keeps_everything(settings, folder, tmp_path):
+    cohort = acdc.build(settings)
+    cohort.save(tmp_path / "c.npz")
+    again = data.load_cohort(tmp_path / "c.npz")
+    assert isinstance(again, volumes.VolumeCohort) and np.array_equal(again.truth, cohort.truth)
+    assert np.array_equal(again.shapes, cohort.shapes) and again.classes == cohort.classes
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda f: next(f.rglob("patient002_frame09.nii.gz")).unlink(), "patient002"),
+    (lambda f: next(f.rglob("patient005_frame01_gt.nii.gz")).unlink(), "has no mask"),
+    (lambda f: write(next(f.rglob("patient001_frame01.nii.gz")).parent, "patient001", 1, None,
+                     np.full((40, 32, 4), 7, np.uint8)), r"holds label values \[7\]"),
+    (lambda f: write(next(f.rglob("patient001_frame01.nii.gz")).parent, "patient001", 1, None,
+                     np.zeros((40, 30, 4), np.uint8)), "has shape"),
+])
+def test_bad_input_is_named(settings, folder, spoil, words):
+    spoil(folder)
+    with pytest.raises(data.DataError, match=words):
+        acdc.build(settings)
+
+
+def test_missing_folder_patients_and_info_say_how_to_get_them(settings, tmp_path):
+    with pytest.raises(data.DataError, match="register at https"):
+        acdc.build(settings)
+    (tmp_path / "acdc").mkdir()
+    with pytest.raises(data.DataError, match="holds no patientNNN.*register at"):
+        acdc.build(settings)
+    for frame in (1, 9):
+        write(tmp_path / "acdc", "patient001", frame, *heart(1))
+    with pytest.raises(data.DataError, match="lacks patient002, patient003"):
+        acdc.build(settings)
+    (tmp_path / "acdc" / "patient007").mkdir()
+    with pytest.raises(data.DataError, match="Info.cfg does not say"):
+        acdc.build(settings)
+
+
+def test_perfect_masks_score_perfectly_and_scores_are_monais_in_3d(settings, folder):
+    cohort = acdc.build(params.Section({**settings, "size": 64}))
+    index = cohort.index("test")
+    truth = torch.as_tensor(data.one_hot(cohort.labels[index], 3))
+    scores = volumes.score_volumes(cohort, truth, index)
+    assert len(scores) == 2 * 3 and (scores["dsc"] > 0.9).all() and (scores["hd"] <= 2).all()
+    shifted = truth.roll(6, dims=-1)
+    scores = volumes.score_volumes(cohort, shifted, index)
+    number = list(cohort.names()).index("patient005_frame01")
+    mine = index[cohort.volumes[index] == "patient005_frame01"]
+    small = torch.nn.functional.interpolate(shifted[: len(mine)], size=(40, 32), mode="bilinear")
+    labels = data.to_labels(small)
+    hard = [torch.stack([x == k for k in (1, 2, 3)])[None] for x in
+            (labels, torch.as_tensor(cohort.original(number).astype(int)))]
+    rows = scores[scores["image"] == 0]
+    assert rows["dsc"].to_numpy() == pytest.approx(compute_dice(*hard, ignore_empty=False)[0].numpy(), abs=1e-5)
+    expected = compute_hausdorff_distance(*hard, include_background=True, percentile=95)[0].numpy()
+    assert rows["hd95"].to_numpy() == pytest.approx(expected, abs=1e-4)
+
+
+def test_registration_partners_lie_at_the_same_height(settings, folder):
+    cohort = acdc.build(settings)
+    index, sources = cohort.index("test"), cohort.index("train")
+    matches = cohort.matches(index, sources)
+    assert matches.shape == (len(index), 6)  # three patients, two volumes each
+    distance = np.abs(cohort.positions[sources[matches]] - cohort.positions[index][:, None])
+    assert distance.max() <= 0.26
+    assert all(len(set(cohort.volumes[sources[row]])) == 6 for row in matches)
+
+
+def test_the_pieces_fit_the_experiment(settings, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / "out"))
+    settings = params.load("strong", cohort="acdc", rate=34)
+    acdc.build(params.Section(folder=str(folder), size=32, patients={})).save(experiment.cohort_file(settings))
+    trial = experiment.Experiment(settings)
+    drawn = trial.draw_sources(trial.data.unlabelled, 5, trial.numerics.generator(1))
+    assert drawn.shape == (len(trial.data.unlabelled), 5) and drawn.max() < len(trial.data.labelled)
+    assert set(trial.cohort.subjects[trial.data.labelled]) == {"patient001"}
