@@ -18,12 +18,12 @@ from tqdm import tqdm
 from lib.augment import Affine, augment, draw_affine
 from lib.data import to_labels
 from lib.evaluation import dice
-from lib.experiment import CCTR
+from lib.experiment import CCTR, load_saved
 from lib.losses import gncc, soft_dice_loss
 from lib.mean_teacher import ramp_up
 from lib.models import ResidualUNet
 from lib.params import fingerprint
-from lib.training import draw_indices, fit, sums_of, validation_dice, weights_digest
+from lib.training import draw_indices, fit, save_network, sums_of, validation_dice, weights_digest
 from lib.warping import pixel_grid, sample, warp
 
 SWIN_MULTIPLE = 32  # sides must divide by this
@@ -264,6 +264,23 @@ def taught_loss(logits, teacher):
     return soft_dice_loss(logits.softmax(1)[:, 1:], labels[:, 1:])
 
 
+def both_networks(experiment):
+    """CrossTeaching with the seed's initial weights, on the device."""
+    settings, data = experiment.settings, experiment.data
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        networks = CrossTeaching(len(experiment.cohort.classes), len(data.labelled), data.images.shape[-2:],
+                                 settings.cctr, settings.segmentation.normalisation)
+    return experiment.numerics.place(networks)
+
+
+def load_cctr(experiment):
+    """Both networks as ``train_cctr`` saved them."""
+    networks = both_networks(experiment)
+    networks.load_state_dict(load_saved(experiment.model_file("cctr"), experiment.numerics.device)["network"])
+    return networks
+
+
 def train_cctr(experiment, registered):
     """Train both networks (P2, section 3).
 
@@ -272,15 +289,13 @@ def train_cctr(experiment, registered):
         registered: Registered.
 
     Returns:
-        (CrossTeaching, Fit, whose ``watched`` are the DSC of the pseudo-labels of A and of B).
+        (CrossTeaching, Fit, whose ``watched`` are the DSC of the pseudo-labels of A and of B). The weights are saved
+        under work/models.
     """
     settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
     options = settings.cctr
     classes, size = len(experiment.cohort.classes), data.images.shape[-2:]
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        networks = CrossTeaching(classes, len(data.labelled), size, options, settings.segmentation.normalisation)
-    networks = numerics.place(networks)
+    networks = both_networks(experiment)
     labelled, masks = data.images[data.labelled], data.masks[data.labelled]
     unlabelled = data.images[data.unlabelled]
     warped = registered.masks(masks)
@@ -346,6 +361,7 @@ def train_cctr(experiment, registered):
         weight_decay=options.weight_decay, generator=numerics.generator(settings.seed, "cctr"), key=key, label="cctr",
         validate=lambda trained: validation_dice(experiment, trained), watch=watch,
     )
+    save_network(experiment, "cctr", networks, found)
     return networks, found
 
 
