@@ -15,7 +15,7 @@ from lib.pseudo_masks import fuse, mean_confidence
 from lib.refinement import refined
 from lib.volumes import VolumeCohort, score_volumes
 
-METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "classical")
+METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "cctr", "cctr-b", "classical")
 FAMILIES = {"joint": "", "joint_plus": "+"}  # stage, and what its methods' names end in
 
 
@@ -139,6 +139,13 @@ def predict(experiment, index, split):
             masks[number] = fuse(made, kept.get("weight", 0.5))
         for method, field in (("registration", "registration"), ("joint", "plain"), ("combined", "soft")):
             found[method + ending] = chosen[method], getattr(masks[chosen[method]], field), seconds
+    if experiment.model_file("cctr").exists():
+        from lib.cctr import load_cctr  # MONAI's networks take seconds to import
+
+        networks = load_cctr(experiment)
+        for method, learner in (("cctr", networks.first), ("cctr-b", networks.second)):
+            with numerics.autocast():
+                found[method] = 0, plain(learner), load_cost(experiment, "registration", "cctr")
     return found
 
 

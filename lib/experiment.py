@@ -78,7 +78,7 @@ class Experiment:
         rate = f"rate_{settings.rate:g}" + ("_by_coverage" if settings.coverage.choose else "")
         at = [f"seed_{settings.seed}", *([] if stage == "registration" else [rate])]
         own = [stage, settings.recipe] if stage == "registration" else [settings.recipe, stage]
-        if stage == "joint_plus" and settings.variant:
+        if stage in ("joint_plus", "cctr") and settings.variant:
             at.insert(0, "variants")
             own.append(settings.variant)
         return work_folder("models", settings.cohort, *at, *own)
