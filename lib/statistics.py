@@ -75,22 +75,26 @@ def compare(per_image, pairs, metrics=("dsc", "hd")):
     Returns:
         pandas.DataFrame, one row per cohort, recipe, rate, metric and pair: n_subjects, n_seeds, difference (method
         minus reference) with its 95 % bootstrap interval, effect, p, and p_holm, corrected over the comparisons of
-        the same cohort and metric.
+        the same cohort and metric. Both methods of a pair are taken with the seeds that both have.
     """
     rows = []
     mean = per_image[per_image["class"] == "mean"]
     for (cohort, recipe, rate), group in mean.groupby(["cohort", "recipe", "rate"], sort=False):
+        seeds = group.groupby("method")["seed"].unique()
         for metric in metrics:
-            values = per_subject(group, metric)
             for method, reference in pairs:
-                if method not in values or reference not in values or method == reference:
+                if method not in seeds or reference not in seeds or method == reference:
                     continue
-                both = values[[method, reference]].dropna()
+                common = np.intersect1d(seeds[method], seeds[reference])
+                chosen = group[group["seed"].isin(common) & group["method"].isin((method, reference))]
+                if chosen.empty:
+                    continue
+                both = per_subject(chosen, metric)[[method, reference]].dropna()
                 p, effect = wilcoxon(both[method], both[reference])
                 low, high = interval(both[method] - both[reference])
                 rows.append({
                     "cohort": cohort, "recipe": recipe, "rate": rate, "metric": metric, "method": method,
-                    "reference": reference, "n_subjects": len(both), "n_seeds": group["seed"].nunique(),
+                    "reference": reference, "n_subjects": len(both), "n_seeds": len(common),
                     "difference": float((both[method] - both[reference]).mean()), "low": low, "high": high,
                     "effect": effect, "p": p,
                 })

@@ -34,7 +34,8 @@ PAPER = {
 def folders(settings):
     """Where results of single experiments lie: those of the grid, then the pipeline's own, which take precedence."""
     grid = output_root() / "results" / "grid" / settings.cohort
-    return [*sorted(grid.glob("*/")), *sorted((results_folder(settings) / "items").glob("*/"))]
+    finished = [file.parent for file in grid.glob("*/fingerprint")]
+    return [*sorted(finished), *sorted((results_folder(settings) / "items").glob("*/"))]
 
 
 def collect(settings):

@@ -82,6 +82,7 @@ def result(folder, seed, dsc):
            "subject": "007", "slice": 3, "class": "x", "dsc": dsc}
     for name in ("per_image", "reliability", "rounds"):
         pd.DataFrame([row]).to_csv(folder / f"{name}.csv", index=False)
+    (folder / "fingerprint").write_text("made up\n")
 
 
 def test_the_pipelines_own_results_take_precedence_over_the_grids(settings, tmp_path):
@@ -92,3 +93,5 @@ def test_the_pipelines_own_results_take_precedence_over_the_grids(settings, tmp_
     per_image, _, _ = tables.collect(settings)
     assert per_image.set_index("seed")["dsc"].to_dict() == {1: 0.9, 2: 0.6}
     assert per_image["subject"].tolist() == ["007", "007"]
+    (grid_folder / "strong-1-seed_2" / "fingerprint").unlink()  # it has not finished
+    assert tables.collect(settings)[0]["seed"].tolist() == [1]

@@ -65,3 +65,10 @@ def test_comparison_has_one_row_per_pair_and_metric():
     assert dsc["difference"] == pytest.approx((0.2 + 0.1 + 0.1) / 3)
     assert dsc["low"] <= dsc["difference"] <= dsc["high"] and dsc["effect"] == 1 and found.iloc[1]["effect"] == -1
     assert (found["p_holm"] == found["p"]).all()  # one comparison per metric: nothing to correct
+
+
+def test_only_seeds_that_both_methods_have_are_compared():
+    fs, joint = [0.1, 0.3, 0.5, 0.5, 0.9, 0.7], [0.3, 0.5, 0.6, 0.6, 0.9, 0.9]
+    frame = pd.DataFrame(rows("fs", fs) + rows("joint", joint) + rows("fs", [0.0] * 6, seed=2))
+    found = statistics.compare(frame, [("joint", "fs")], ["dsc"]).iloc[0]
+    assert found["difference"] == pytest.approx((0.2 + 0.1 + 0.1) / 3) and found["n_seeds"] == 1
