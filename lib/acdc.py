@@ -47,7 +47,9 @@ def frames_of(patient):
         found = dict(re.findall(r"^(ED|ES):\s*(\d+)", file.read_text(), flags=re.MULTILINE))
         return [int(found[phase]) for phase in ("ED", "ES")]
     except (OSError, KeyError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} does not say which frames are ED and ES ({error!r}): unpack the archive again") from error
+        raise DataError(
+            f"{file} does not say which frames are ED and ES ({error!r}): unpack the archive again"
+        ) from error
 
 
 def find_volumes(folder):
@@ -75,7 +77,9 @@ def find_volumes(folder):
             by_patient.setdefault(file.name.split("_")[0], []).append(file)
         for patient, files in by_patient.items():
             if len(files) != 2:
-                raise DataError(f"{folder} holds {len(files)} volumes of {patient}, not two, ED and ES: add or remove some")
+                raise DataError(
+                    f"{folder} holds {len(files)} volumes of {patient}, not two, ED and ES: add or remove some"
+                )
             found += [(patient, file, file.with_name(file.name.replace(".nii", "_gt.nii"))) for file in files]
     if not found:
         raise DataError(f"{folder} holds no patientNNN: {HOW}")

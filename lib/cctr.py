@@ -109,7 +109,7 @@ def info_nce(anchors, positives, negatives, temperature, valid=None):
 
 
 def draw(allowed, count, generator):
-    """Up to ``count`` random positions where ``allowed`` ``(n,)``, without waiting for the device: (positions, valid)."""
+    """Up to ``count`` random positions where ``allowed`` ``(n,)``, without a wait for the device: (positions, valid)."""
     score = torch.rand(len(allowed), generator=generator, device=generator.device) + allowed
     index = score.topk(min(count, len(allowed))).indices
     return index, allowed[index]
@@ -332,7 +332,8 @@ def train_cctr(experiment, registered):
                 every = (slice(None), slice(None), slice(options.stride // 2, None, options.stride),
                          slice(options.stride // 2, None, options.stride))
                 found, there = networks.bank.look_up(registered.sources[free], sources[half:][every])
-                there = F.pad(there & inside[half:, None][every][:, 0], (0, 0, 0, 0, half, 0))  # labelled ones have none
+                there = there & inside[half:, None][every][:, 0]
+                there = F.pad(there, (0, 0, 0, 0, half, 0))  # labelled images have none
                 found = F.pad(found, (0, 0, 0, 0, 0, 0, half, 0))
                 counterparts = pixels(found).repeat(2, 1), there.flatten().repeat(2)
                 networks.bank.store(known, F.normalize(seen_first[:half] + seen_second[:half], dim=1), maps[:half])

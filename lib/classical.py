@@ -82,7 +82,8 @@ def segment(images, sources, source_masks, choice, settings):
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
-        with ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))) as pool:
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or os.cpu_count() or 1
+        with ThreadPoolExecutor(int(threads)) as pool:
             found = pool.map(one, images, choice)
             return np.stack(list(tqdm(found, total=len(images), desc="classical registration", unit="image")))
     finally:

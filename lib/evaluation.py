@@ -15,7 +15,8 @@ from lib.pseudo_masks import fuse, mean_confidence
 from lib.refinement import refined
 from lib.volumes import VolumeCohort, score_volumes
 
-METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "cctr", "cctr-b", "classical")
+METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "cctr", "cctr-b",
+           "classical")
 FAMILIES = {"joint": "", "joint_plus": "+"}  # stage, and what its methods' names end in
 
 
@@ -178,8 +179,8 @@ def describe(experiment, split, index, method, masks, truth):
     """Scores, confidence and reliability of one method's masks of the images ``index``: (per image, bins)."""
     cohort, settings = experiment.cohort, experiment.settings
     head = {"cohort": title_of(cohort, split), "recipe": settings.recipe, "rate": settings.rate,
-            "n_labelled": cohort.units(experiment.data.labelled.cpu()), "seed": settings.seed, "variant": settings.variant,
-            "method": method}
+            "n_labelled": cohort.units(experiment.data.labelled.cpu()), "seed": settings.seed,
+            "variant": settings.variant, "method": method}
     confidence = mean_confidence(masks).cpu().numpy()
     if isinstance(cohort, VolumeCohort):
         scores = score_volumes(cohort, masks, index)

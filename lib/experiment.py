@@ -88,7 +88,7 @@ class Experiment:
         return self.folder(stage) / ("network.pt" if number is None else f"round_{number:02d}.pt")
 
     def generate(self, networks, index, label, *names):
-        """Pseudo-masks of the images ``index`` by ``networks`` from the labelled ones; draws are seeded by ``names``."""
+        """Pseudo-masks of the images ``index`` by ``networks`` from the labelled ones; ``names`` seed the draws."""
         data = self.data
         return pseudo_masks.generate(
             networks, data.images[index], data.images[data.labelled], data.masks[data.labelled],

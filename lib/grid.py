@@ -70,8 +70,8 @@ def folder_of(item, settings):
 def key_of(item, settings):
     """Fingerprint of everything that the item's results depend on."""
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
-    relevant = {key: value for key, value in own.items()
-                if key not in ("grid", *params.CHOICES["cohort"]) or key == settings.cohort}
+    others = {"grid", "cctr", *params.CHOICES["cohort"]} - {settings.cohort}
+    relevant = {key: value for key, value in own.items() if key not in others}
     return params.fingerprint(relevant, NUMERICS, MEAN_TEACHER, JOINT_PLUS)
 
 

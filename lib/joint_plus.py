@@ -84,7 +84,7 @@ def warp_pairs(images, masks, fields):
 
 @torch.no_grad()
 def make_pairs(experiment, network, per_image, number):
-    """Pairs by ``network`` (MrRegNet or Refined): ``per_image`` random labelled images, registered to every unlabelled one."""
+    """Pairs: ``per_image`` random labelled images registered to every unlabelled one by MrRegNet, or by Refined."""
     network.eval()
     data, numerics = experiment.data, experiment.numerics
     generator = numerics.generator(experiment.settings.seed, "pairs", number)
@@ -95,7 +95,8 @@ def make_pairs(experiment, network, per_image, number):
     for chosen, index in zip(sources.split(numerics.batch(data.images)), targets.split(numerics.batch(data.images))):
         with numerics.autocast():
             fields.append(network.register(data.images[data.labelled[chosen]], data.images[index]))
-    return Pairs(sources, torch.arange(len(data.unlabelled), device=sources.device).repeat(per_image), torch.cat(fields))
+    unlabelled = torch.arange(len(data.unlabelled), device=sources.device)
+    return Pairs(sources, unlabelled.repeat(per_image), torch.cat(fields))
 
 
 def train_on_mixture(experiment, network, pairs, soft, number):
@@ -138,7 +139,8 @@ def train_on_mixture(experiment, network, pairs, soft, number):
         return {"loss": soft_dice_loss(prediction, targets)}
 
     key = fingerprint(
-        experiment.origin, JOINT_PLUS, options, recipe, number, weights_digest(network),
+        experiment.origin, JOINT_PLUS, {name: value for name, value in options.items() if name != "rounds"}, recipe,
+        number, weights_digest(network),
         sums_of(labelled, masks, soft, pairs and pairs.fields.square()),
     )
     found = fit(

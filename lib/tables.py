@@ -262,7 +262,8 @@ def ablation_markdown(table):
         p = row.get("p", np.nan)
         rows.append({
             "cohort": row["cohort"], "rate": f"{row['rate']:g} %", "variant": row["variant"], "seeds": row["seeds"],
-            "validation DSC": f"{row['validation dsc']:.3f}", "fs DSC": f"{row['fs dsc']:.3f}", "joint+ DSC": f"{row['joint+ dsc']:.3f}",
+            "validation DSC": f"{row['validation dsc']:.3f}", "fs DSC": f"{row['fs dsc']:.3f}",
+            "joint+ DSC": f"{row['joint+ dsc']:.3f}",
             "joint+ HD": f"{row['joint+ hd']:.2f}", "combined+ DSC": f"{row['combined+ dsc']:.3f}",
             "combined+ HD": f"{row['combined+ hd']:.2f}",
             "difference": "" if pd.isna(row.get("difference", np.nan)) else f"{row['difference']:+.4f}",
