@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 BINS = 20
 MARKED = 1  # first bin that counts as marked: probabilities from 0.05
@@ -62,6 +61,8 @@ def quality_control(confidence, dsc):
         Dictionary: spearman, the rank correlation of the two, and auroc_worst_tenth, the probability that an image
         of the tenth with the lowest DSC has a lower confidence than one of the others. NaN where all are equal.
     """
+    from scipy import stats  # not above: every notebook imports this module, few call this, and it takes a second
+
     confidence, dsc = np.asarray(confidence, float), np.asarray(dsc, float)
     worst = stats.rankdata(dsc, method="ordinal") <= max(1, round(len(dsc) / 10))
     if len(dsc) < 2 or np.ptp(confidence) == 0 or np.ptp(dsc) == 0:

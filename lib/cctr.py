@@ -9,6 +9,7 @@ to those of the anatomically corresponding pixel of the registered volume (*regi
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import SwinUNETR
@@ -18,11 +19,12 @@ from tqdm import tqdm
 from lib.augment import Affine, augment, draw_affine
 from lib.data import to_labels
 from lib.evaluation import dice
-from lib.experiment import CCTR, load_saved
+from lib.experiment import CCTR, load_pretrained_registration, load_saved, resume, save_atomically
 from lib.losses import gncc, soft_dice_loss
 from lib.mean_teacher import ramp_up
 from lib.models import ResidualUNet
-from lib.params import fingerprint
+from lib.params import fingerprint, work_folder
+from lib.refinement import Refined
 from lib.training import draw_indices, fit, save_network, sums_of, validation_dice, weights_digest
 from lib.warping import pixel_grid, sample, warp
 
@@ -44,7 +46,8 @@ class SwinUNet(nn.Module):
     def features(self, image):
         """Features ``(batch, width, height, width)`` of images ``(batch, 1, height, width)`` of any size."""
         height, width = image.shape[-2:]
-        padding = (0, -width % SWIN_MULTIPLE, 0, -height % SWIN_MULTIPLE)
+        more = lambda side: max(2, -(-side // SWIN_MULTIPLE)) * SWIN_MULTIPLE - side  # normalisation needs two pixels
+        padding = (0, more(width), 0, more(height))
         return self.network(F.pad(image, padding, mode="replicate"))[..., :height, :width]
 
 
@@ -237,6 +240,41 @@ def register_labelled(experiment, network):
     return Registered(chosen, fields, kept)
 
 
+def stored_registration(experiment):
+    """``register_labelled`` by the pre-trained network, computed once for all variants of CCT-R.
+
+    The file under work/checkpoints is named by a fingerprint of what the fields depend on and holds a checksum of
+    them; one that does not fit is made anew.
+    """
+    settings, data = experiment.settings, experiment.data
+    network = load_pretrained_registration(experiment)
+    if settings.cctr.refine:
+        network = Refined(network, settings.joint_plus.refinement)
+    key = fingerprint(experiment.origin, CCTR, "registered", weights_digest(network), data.labelled.tolist(),
+                      settings.cctr.refine and settings.joint_plus.refinement)
+    file = work_folder("checkpoints", f"{key}.pt")
+    saved = resume(file, key, data.images.device)
+    if saved and saved["checksums"] == sums_of(*saved["registered"]):
+        return Registered(*saved["registered"])
+    registered = register_labelled(experiment, network)
+    save_atomically({"fingerprint": key, "registered": list(registered), "checksums": sums_of(*registered)}, file)
+    return registered
+
+
+def registration_scores(experiment, registered):
+    """How good the warped labels of the unlabelled images are, as a frame: mean DSC per class, and how many slices.
+
+    The true masks of unlabelled images are used for these figures alone.
+    """
+    data = experiment.data
+    truth, masks = data.masks[data.unlabelled], data.masks[data.labelled]
+    scores = {"before registration": dice(masks[registered.sources], truth),
+              "warped labels": dice(registered.masks(masks), truth)}
+    frame = pd.DataFrame({name: found.mean(0).tolist() for name, found in scores.items()},
+                         index=list(experiment.cohort.classes)).T
+    return frame.assign(mean=frame.mean(axis=1), slices=len(truth))
+
+
 class CrossTeaching(nn.Module):
     """Both learners, and the bank; what is trained, saved and resumed as one."""
 
@@ -289,8 +327,8 @@ def train_cctr(experiment, registered):
         registered: Registered.
 
     Returns:
-        (CrossTeaching, Fit, whose ``watched`` are the DSC of the pseudo-labels of A and of B). The weights are saved
-        under work/models.
+        (CrossTeaching, Fit, whose ``watched`` have ``dsc`` ``(2,)``, of the pseudo-labels of A and of B on the slices
+        of ``watched_slices``, and ``masks``, those of ``data.example``). The weights are saved under work/models.
     """
     settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
     options = settings.cctr
@@ -347,13 +385,16 @@ def train_cctr(experiment, registered):
                 losses["reps"], weights["reps"] = reps, options.reps * ramp
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
 
-    example = data.unlabelled[:: max(1, len(data.unlabelled) // options.watched)]
+    index = data.unlabelled[watched_slices(experiment)]
 
     @torch.no_grad()
     def watch(trained):
         trained.eval()
         learners = trained.first, trained.second
-        return torch.stack([slice_dice(experiment, learner, example) for learner in learners]).cpu()
+        with numerics.autocast():
+            masks = [learner.segment(data.images[data.example]) for learner in learners]
+        return {"dsc": torch.stack([slice_dice(experiment, learner, index) for learner in learners]).cpu(),
+                "masks": torch.cat(masks).cpu()}
 
     key = fingerprint(experiment.origin, CCTR, options, settings.segmentation.normalisation, weights_digest(networks),
                       sums_of(labelled, masks, unlabelled, registered.fields.square()))
@@ -364,6 +405,26 @@ def train_cctr(experiment, registered):
     )
     save_network(experiment, "cctr", networks, found)
     return networks, found
+
+
+def watched_slices(experiment):
+    """Positions among the unlabelled images of those on which pseudo-labels are measured: all, or evenly spaced."""
+    count = len(experiment.data.unlabelled)
+    return torch.arange(0, count, max(1, count // experiment.settings.cctr.watched))
+
+
+def course(experiment, registered, found):
+    """How good pseudo-labels are while training (P2, Figure 4): a frame of step and mean DSC, one column per source.
+
+    Args:
+        found: Fit of ``train_cctr``.
+    """
+    data, chosen = experiment.data, watched_slices(experiment)
+    warped = registered.masks(data.masks[data.labelled])[chosen]
+    warped = float(dice(warped, data.masks[data.unlabelled[chosen]]).mean())
+    rows = [{"step": step, "network A": float(seen["dsc"][0]), "network B": float(seen["dsc"][1]),
+             "warped labels": warped} for step, seen in found.watched]
+    return pd.DataFrame(rows)
 
 
 def pixels(features):

@@ -63,6 +63,10 @@ class Cohort:
         total = len(self.index("train"))
         return min(total, 5 if rate == 1 else max(1, round(total * rate / 100)))
 
+    def example(self, order):
+        """Of ``order``, the slice to show: the one that is labelled last, and so is unlabelled at every lower rate."""
+        return order[-1]
+
     def units(self, index):
         """How many annotated things, here images, these slices are: the tables' n_labelled."""
         return len(index)
@@ -232,12 +236,14 @@ def check_split(subjects, split):
 
 def build(settings):
     """The cohort that params.yaml names; ``settings`` as params.load gives them."""
-    from lib import acdc, anatomies, hippocampus, midbrain  # they import this module
+    from lib import acdc, anatomies, hippocampus, midbrain, synapse  # they import this module
 
     if settings.cohort == "midbrain":
         cohort = midbrain.build(settings.midbrain, settings.split_seed, anatomies.raw_folder())
     elif settings.cohort == "acdc":
         cohort = acdc.build(settings.acdc)
+    elif settings.cohort == "synapse":
+        cohort = synapse.build(settings.synapse)
     else:
         cohort = hippocampus.build(settings.hippocampus, settings.split_seed)
     check_split(cohort.subjects, cohort.split)
@@ -274,10 +280,11 @@ class Tensors:
     Attributes:
         images: ``(slices, 1, height, width)``; masks: ``(slices, classes, height, width)``.
         labelled, unlabelled, train, validation: index tensors.
-        example: index ``(1,)`` of the training image that is labelled last: unlabelled at every rate below 100 %.
+        example: index ``(1,)`` of a training image that is unlabelled at every rate below 100 %, for pictures.
     """
 
     def __init__(self, cohort, settings, numerics, order=None):
+        self.cohort = cohort
         self.images = numerics.tensor(cohort.images[:, None])
         self.masks = numerics.tensor(one_hot(cohort.labels, len(cohort.classes)))
         self.as_index = lambda index: torch.as_tensor(index, device=numerics.device)
@@ -307,4 +314,4 @@ class Tensors:
 
     @cached_property
     def example(self):
-        return self.as_index(self.ordered[-1:])
+        return self.as_index([self.cohort.example(self.ordered)])

@@ -53,9 +53,7 @@ class Experiment:
 
     def annotation_order(self, data):
         """The training images in the order in which they cover the cohort best, see lib.selection."""
-        network = self.registration_network()
-        network.load_state_dict(load_saved(self.model_file("registration"), self.numerics.device)["network"])
-        return coverage_order(network, data, data.drawn, self.settings.coverage, self.numerics,
+        return coverage_order(load_pretrained_registration(self), data, data.drawn, self.settings.coverage, self.numerics,
                               self.numerics.generator(self.settings.seed, "coverage"))
 
     def segmentation_network(self):
@@ -159,12 +157,19 @@ def resume(file, key, device):
     return saved if saved.get("fingerprint") == key else None
 
 
+def load_pretrained_registration(experiment):
+    """The MrRegNet that the pre-training saved."""
+    network = experiment.registration_network()
+    network.load_state_dict(load_saved(experiment.model_file("registration"), experiment.numerics.device)["network"])
+    return network
+
+
 def load_pretrained(experiment):
     """The networks that the two pre-trainings saved: (ResidualUNet, MrRegNet)."""
-    networks = experiment.segmentation_network(), experiment.registration_network()
-    for network, stage in zip(networks, ("segmentation", "registration")):
-        network.load_state_dict(load_saved(experiment.model_file(stage), experiment.numerics.device)["network"])
-    return networks
+    segmentation = experiment.segmentation_network()
+    saved = load_saved(experiment.model_file("segmentation"), experiment.numerics.device)
+    segmentation.load_state_dict(saved["network"])
+    return segmentation, load_pretrained_registration(experiment)
 
 
 def load_round(experiment, number, stage="joint"):

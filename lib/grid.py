@@ -16,7 +16,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib import params
-from lib.experiment import JOINT_PLUS, MEAN_TEACHER, NUMERICS
+from lib.experiment import CCTR, JOINT_PLUS, MEAN_TEACHER, NUMERICS
+
+# What a variant may change, and the notebook that has to run again.
+VARIED = {"coverage": "02_pretrain_segmentation", "joint_plus": "06_joint_plus", "cctr": "07_cctr"}
 
 
 class Item(NamedTuple):
@@ -53,13 +56,16 @@ def notebooks_of(item, settings):
     """The notebooks that make an item, in order. At 100 % there is nothing unlabelled: fs is all there is."""
     if item.variant:
         own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
-        again = [] if own.coverage == settings.coverage else ["02_pretrain_segmentation"]  # other labelled images
-        return [*again, "06_joint_plus", "07_evaluation"]
+        changed = [notebook for section, notebook in VARIED.items() if own[section] != settings[section]]
+        if "02_pretrain_segmentation" in changed:  # other images are labelled
+            changed.append("06_joint_plus")
+        return [*changed, "08_evaluation"]
     if item.rate == 100:
-        return ["02_pretrain_segmentation", "07_evaluation"]
+        return ["02_pretrain_segmentation", "08_evaluation"]
     plus = ["06_joint_plus"] if item.recipe == settings.recipe else []
+    plus += ["07_cctr"] if item.recipe in settings.cctr.recipes else []
     return ["02_pretrain_segmentation", "03_pretrain_registration", "04_joint_training", "05_mean_teacher", *plus,
-            "07_evaluation"]
+            "08_evaluation"]
 
 
 def folder_of(item, settings):
@@ -70,9 +76,14 @@ def folder_of(item, settings):
 def key_of(item, settings):
     """Fingerprint of everything that the item's results depend on."""
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
-    others = {"grid", "cctr", *params.CHOICES["cohort"]} - {settings.cohort}
+    ran = set(notebooks_of(item, settings))
+    unused = {"joint_plus": "06_joint_plus", "cctr": "07_cctr"}
+    others = {"grid", "baseline", *(section for section, notebook in unused.items() if notebook not in ran),
+              *params.CHOICES["cohort"]} - {settings.cohort}
     relevant = {key: value for key, value in own.items() if key not in others}
-    return params.fingerprint(relevant, NUMERICS, MEAN_TEACHER, JOINT_PLUS)
+    names = [NUMERICS, MEAN_TEACHER, *([JOINT_PLUS] if "06_joint_plus" in ran else []),
+             *([CCTR] if "07_cctr" in ran else [])]
+    return params.fingerprint(relevant, *names)
 
 
 def is_done(item, settings):
@@ -95,7 +106,7 @@ def run(item, settings, threads):
         values = dict(chosen)
         if item.variant:
             values["variant"] = item.variant
-        if notebook == "07_evaluation":
+        if notebook == "08_evaluation":
             values |= {"destination": str(folder), "classical": item.recipe == "paper" and item.rate < 100}
         executed = params.work_folder("notebooks", "grid", settings.cohort, item.name, f"{notebook}.ipynb")
         executed.parent.mkdir(parents=True, exist_ok=True)

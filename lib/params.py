@@ -10,8 +10,9 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("paper", "strong")
 CHOICES = {
-    "cohort": ("midbrain", "hippocampus", "acdc"),
+    "cohort": ("midbrain", "hippocampus", "acdc", "synapse"),
     "recipe": RECIPES,
+    "baseline": RECIPES,
     "scale": ("smoke", "cpu", "paper"),
 }
 
@@ -55,7 +56,7 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
 
     Args:
         recipe: ``paper`` or ``strong``; None for the one that the file names.
-        cohort: ``midbrain`` or ``hippocampus``; None for the one that the file names.
+        cohort: one of CHOICES; None for the one that the file names.
         rate, seed: None for those that the file names.
         variant: one of the file's ``variants``; None for the settings as they stand.
 
@@ -98,8 +99,8 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
 
 
 def recipes(settings):
-    """The recipes that run: the paper's, and the one beside it."""
-    return list(dict.fromkeys(("paper", settings.recipe)))
+    """The recipes that run: the baseline, and the one beside it."""
+    return list(dict.fromkeys((settings.baseline, settings.recipe)))
 
 
 def fingerprint(*parts):

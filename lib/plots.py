@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.colors import to_rgba
+from matplotlib.patches import ConnectionPatch
 
 from lib.calibration import pool
 from lib.evaluation import dice
@@ -14,7 +15,8 @@ TRUE = "#2bd46f"  # outline of the true mask
 OTHER = "#ffb000"  # outline of any other mask
 METHOD_COLOURS = {
     "fs": "#7f7f7f", "mt": "#e6a100", "registration": "#7fb2e5", "joint": "#f08a84", "combined": "#bfa3dd",
-    "registration+": "#1f77b4", "joint+": "#d62728", "combined+": "#7b3fb5", "classical": "#2ca02c",
+    "registration+": "#1f77b4", "joint+": "#d62728", "combined+": "#7b3fb5", "cctr": "#8c564b", "cctr-b": "#c49c94",
+    "classical": "#2ca02c",
 }
 
 
@@ -284,13 +286,61 @@ def around(truth, margin=0.75):
 
 
 def over_time(image, truth, watched, columns=5):
-    """Masks of one image at several steps of a training; ``watched`` as Fit has it."""
-    chosen = [watched[round(k)] for k in np.linspace(0, len(watched) - 1, min(columns, len(watched)))]
-    figure, axes = plt.subplots(1, len(chosen), figsize=(2 * len(chosen), 2.3), squeeze=False)
+    """Masks of one image at several steps of a training.
+
+    Args:
+        watched: dictionary of the row's label to pairs of step and mask, as Fit.watched.
+    """
+    rows = [(label, [pairs[round(k)] for k in np.linspace(0, len(pairs) - 1, min(columns, len(pairs)))])
+            for label, pairs in watched.items()]
+    width = max(len(chosen) for _, chosen in rows)
+    figure, axes = plt.subplots(len(rows), width, figsize=(2 * width, 2.3 * len(rows)), squeeze=False)
     window = around(array(truth))
-    for ax, (step, mask) in zip(axes[0], chosen):
-        draw(ax, array(image)[window], array(truth)[(..., *window)], f"step {step}", array(mask)[(..., *window)])
+    for line, (label, chosen) in zip(axes, rows):
+        for ax, (step, mask) in zip(line, chosen):
+            draw(ax, array(image)[window], array(truth)[(..., *window)], f"step {step}", array(mask)[(..., *window)])
+        line[0].set_ylabel(label, fontsize=9)
     figure.tight_layout()
+    return figure
+
+
+def pseudo_label_course(course):
+    """How good each source of pseudo-labels is over the training (P2, Figure 4); ``course`` as cctr.course."""
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    colours = {"network A": "cctr", "network B": "cctr-b", "warped labels": "registration+"}
+    for name, method in colours.items():
+        line = {"linestyle": "--"} if name == "warped labels" else {"marker": "."}
+        axes.plot(course["step"], course[name], color=METHOD_COLOURS[method], label=name, **line)
+    axes.set(xlabel="step", ylabel="DSC", title="pseudo-labels of unlabelled images", ylim=(0, 1))
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def correspondences(source, target, source_mask, target_mask, field, count=8):
+    """Pixels of an unlabelled image and the anatomically corresponding ones of the labelled image.
+
+    Args:
+        source, target: ``(1, 1, height, width)``, the labelled and the unlabelled image.
+        source_mask, target_mask: ``(1, classes, height, width)``, drawn as outlines.
+        field: ``(1, 2, height, width)``.
+        count: pixels to show, evenly spaced along the outline of the warped mask.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2))
+    draw(left, target, array(target_mask), "unlabelled image: anchors\n(true mask, not used)")
+    draw(right, source, array(source_mask), "labelled image: their positives", colour=OTHER)
+    warped = array(warp(source_mask, field)).reshape(-1, *array(field).shape[-2:]).max(axis=0)
+    marked = np.argwhere(warped >= 0.5)
+    if len(marked):
+        angle = np.arctan2(*(marked - marked.mean(axis=0)).T)
+        marked = marked[np.argsort(angle)][np.linspace(0, len(marked) - 1, min(count, len(marked))).astype(int)]
+    for number, (row, column) in enumerate(marked):
+        to_row, to_column = array(field)[:, row, column] + (row, column)
+        colour = plt.get_cmap("tab10")(number % 10)
+        left.plot(column, row, "o", color=colour, markersize=5)
+        right.plot(to_column, to_row, "o", color=colour, markersize=5)
+        figure.add_artist(ConnectionPatch((column, row), (to_column, to_row), "data", "data", axesA=left, axesB=right,
+                                          color=colour, linewidth=0.8))
     return figure
 
 

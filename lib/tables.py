@@ -54,7 +54,7 @@ def collect(settings):
                 frame["variant"] = frame["variant"].fillna("")
                 frames.append(frame)
         if not frames:
-            raise DataError(f"no {name}.csv under {results_folder(settings) / 'items'}: run notebooks 2 to 7 first")
+            raise DataError(f"no {name}.csv under {results_folder(settings) / 'items'}: run notebooks 2 to 8 first")
         late = {key: number for number, frame in enumerate(frames)
                 for key in frame[owner(frame)].itertuples(index=False)}
         kept = [frame[[late[key] == number for key in frame[owner(frame)].itertuples(index=False)]]

@@ -39,7 +39,7 @@ class Fit(NamedTuple):
 
     history: pd.DataFrame  # one row per step: step, learning_rate, the losses, and validation where it was measured
     seconds: float  # spent in this and all interrupted runs
-    watched: list  # what ``watch`` gave: pairs of step and tensor
+    watched: list  # pairs of step and what ``watch`` gave
 
 
 def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, key, label, validate=None, checks=20,
@@ -57,7 +57,7 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
         validate: function of the network that gives a score; the weights of the best score are kept.
         checks: how many times it is called, evenly spaced.
         after_step: called after every step, for averages of the weights that are part of ``network``.
-        watch: function of the network that gives a tensor to keep whenever ``validate`` is called.
+        watch: function of the network that gives what is to be kept, tensors, whenever ``validate`` is called.
 
     Returns:
         Fit.

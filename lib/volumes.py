@@ -39,6 +39,11 @@ class VolumeCohort(Cohort):
         subjects = len(np.unique(ranks))
         return int((ranks < max(1, round(subjects * rate / 100))).sum())
 
+    def example(self, order):
+        """As Cohort has it, from the middle of the last volume, since the outermost slices show little."""
+        members = np.flatnonzero(self.volumes == self.volumes[order[-1]])
+        return members[len(members) // 2]
+
     def units(self, index):
         """How many subjects these slices are from: the tables' n_labelled."""
         return len(np.unique(self.subjects[np.asarray(index)]))

@@ -1,12 +1,19 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lib import cctr, params
 from lib.augment import Affine, draw_affine
+from lib.evaluation import evaluate
+from lib.experiment import Experiment, cohort_file
+from lib.params import work_folder
+from lib.training import pretrain_registration, pretrain_segmentation
+from lib.volumes import assemble
 from lib.warping import pixel_grid
+from test_volumes import heart
 
 OPTIONS = params.Section(threshold=0.8, anchors=50, negatives=40, temperature=0.5)
 
@@ -110,3 +117,77 @@ def test_both_networks_segment_images_of_any_size(side):
         assert torch.allclose(features.norm(dim=1), torch.ones(2, side // 4, side // 4), atol=1e-5)
         masks = learner.segment(torch.rand(2, 1, side, side))
         assert masks.shape == (2, 3, side, side) and 0 <= masks.min() and masks.sum(1).max() <= 1.0001
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """CCT-R trained for a moment on made-up volumes."""
+    folder = tmp_path_factory.mktemp("cctr")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JOINT_OUTPUT", str(folder))
+        settings = params.load("strong", cohort="acdc", rate=50, seed=1)
+        settings.cctr |= {"steps": 10, "batch": 4, "watched": 4}
+        splits = {"train": 4, "validation": 1, "test": 2}
+        parts = [(f"{split}{k}", f"{split}{k}", split, k, *(np.moveaxis(part, 2, 0) for part in heart(10 * k + n)))
+                 for n, (split, count) in enumerate(splits.items()) for k in range(count)]
+        assemble("acdc", "made up", parts, ("a", "b", "c"), 32).save(cohort_file(settings))
+        trial = Experiment(settings)
+        pretrain_segmentation(trial)
+        pretrain_registration(trial)
+        registered = cctr.stored_registration(trial)
+        yield trial, registered, cctr.train_cctr(trial, registered)
+
+
+def test_every_volume_is_scored_for_both_networks_and_every_class(trial):
+    per_image = evaluate(trial[0]).per_image
+    for method in ("cctr", "cctr-b"):
+        rows = per_image[per_image["method"] == method]
+        assert len(rows) == 2 * 3 and set(rows["subject"]) == {"test0", "test1"} and rows["dsc"].between(0, 1).all()
+        assert (rows["n_labelled"] == 2).all() and (rows["seconds"] > 0).all()
+
+
+def test_labels_come_from_the_volume_that_is_most_similar(trial):
+    experiment, registered, _ = trial
+    data = experiment.data
+    volumes = experiment.cohort.volumes
+    chosen = volumes[data.labelled[registered.sources].cpu()]
+    for volume in set(volumes[data.unlabelled.cpu()]):
+        assert len(set(chosen[volumes[data.unlabelled.cpu()] == volume])) == 1
+    scores = cctr.registration_scores(experiment, registered)
+    assert list(scores.columns) == ["a", "b", "c", "mean", "slices"]
+    assert float(scores.loc["warped labels", "mean"]) > float(scores.loc["before registration", "mean"]) - 0.02
+
+
+def test_registrations_are_stored_and_made_anew_where_the_file_is_not_whole(trial, monkeypatch):
+    experiment, registered, _ = trial
+    monkeypatch.setattr(cctr, "register_labelled", lambda *_: pytest.fail("they are there"))
+    again = cctr.stored_registration(experiment)
+    assert all(torch.equal(a, b) for a, b in zip(registered, again))
+    file = next(file for file in work_folder("checkpoints").glob("*.pt") if "registered" in torch.load(file))
+    saved = torch.load(file)
+    saved["registered"][1] += 1
+    torch.save(saved, file)
+    made = []
+    monkeypatch.setattr(cctr, "register_labelled", lambda *_: made.append(1) or registered)
+    cctr.stored_registration(experiment)
+    assert made == [1]
+
+
+def test_pseudo_labels_are_watched_over_the_training(trial):
+    experiment, registered, (_, found) = trial
+    course = cctr.course(experiment, registered, found)
+    assert course["step"].iloc[-1] == 10 and course["warped labels"].nunique() == 1
+    assert {"supervised", "cross", "rsl", "contrast", "reps"} <= set(found.history.columns)
+    assert found.watched[-1][1]["masks"].shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("variant", ["cross teaching alone", "with contrast", "with contrast and RSL"])
+def test_every_part_can_be_switched_off(trial, variant):
+    experiment, registered, _ = trial
+    settings = params.load("strong", cohort="acdc", rate=50, seed=1, variant=variant)
+    settings.cctr |= {"steps": 10, "batch": 4, "watched": 4}
+    other = Experiment(settings)
+    _, found = cctr.train_cctr(other, registered)
+    parts = {"contrast", "rsl", "reps"}
+    assert parts & set(found.history.columns) == {part for part in parts if settings.cctr[part]}
+    assert other.folder("cctr") != experiment.folder("cctr")

@@ -31,19 +31,29 @@ def test_groups_share_a_registration_and_leave_out_what_the_pipeline_runs(settin
 
 
 def test_everything_labelled_leaves_only_fs(settings):
-    assert grid.notebooks_of(grid.Item("strong", 100, 1), settings) == ["02_pretrain_segmentation", "07_evaluation"]
+    assert grid.notebooks_of(grid.Item("strong", 100, 1), settings) == ["02_pretrain_segmentation", "08_evaluation"]
     assert "06_joint_plus" not in grid.notebooks_of(grid.Item("paper", 10, 1), settings)
     assert "06_joint_plus" in grid.notebooks_of(grid.Item("strong", 10, 1), settings)
 
 
 def test_variants_share_the_pretraining_unless_they_label_other_images(settings):
     variant = lambda name: grid.notebooks_of(grid.Item("strong", 1, 1, name), settings)
-    assert variant("no pairs") == ["06_joint_plus", "07_evaluation"]
-    assert variant("labelled by coverage") == ["02_pretrain_segmentation", "06_joint_plus", "07_evaluation"]
+    assert variant("no pairs") == ["06_joint_plus", "08_evaluation"]
+    assert variant("labelled by coverage") == ["02_pretrain_segmentation", "06_joint_plus", "08_evaluation"]
+    assert variant("cross teaching alone") == ["07_cctr", "08_evaluation"]
+
+
+def test_settings_of_other_methods_and_cohorts_do_not_repeat_an_item(settings):
+    item = grid.Item("paper", 10, 2)
+    before = grid.key_of(item, settings), grid.key_of(grid.Item("strong", 10, 2), settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JOINT_SET", "scale=smoke,joint_plus.pairs=false,cctr.width=24,hippocampus.classes=two")
+        after = grid.key_of(item, settings), grid.key_of(grid.Item("strong", 10, 2), settings)
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 def fake_run(fails=()):
-    """Stands for papermill: writes what notebook 7 would write, and fails where told to."""
+    """Stands for papermill: writes what notebook 8 would write, and fails where told to."""
     calls = []
 
     def run(command, **_):

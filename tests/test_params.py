@@ -44,9 +44,10 @@ def test_the_paper_scale_and_recipe_are_the_papers(monkeypatch):
     assert settings.segmentation.normalisation == settings.registration.normalisation == "none"
 
 
-def test_the_papers_recipe_always_runs():
-    assert params.recipes(params.Section(recipe="strong")) == ["paper", "strong"]
-    assert params.recipes(params.Section(recipe="paper")) == ["paper"]
+def test_the_baseline_runs_beside_the_recipe():
+    assert params.recipes(params.Section(recipe="strong", baseline="paper")) == ["paper", "strong"]
+    assert params.recipes(params.Section(recipe="strong", baseline="strong")) == ["strong"]
+    assert params.recipes(params.Section(recipe="paper", baseline="paper")) == ["paper"]
 
 
 def test_a_mistyped_attribute_names_what_there_is():
