@@ -6,6 +6,7 @@ steps, that are missing; an item that fails is reported and does not stop the ot
 """
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -109,12 +110,9 @@ def run(item, settings, threads):
         if notebook == "08_evaluation":
             values |= {"destination": str(folder), "classical": item.recipe == "paper" and item.rate < 100}
         executed = params.work_folder("notebooks", "grid", settings.cohort, item.name, f"{notebook}.ipynb")
-        executed.parent.mkdir(parents=True, exist_ok=True)
-        lines = "\n".join(f"{name}: {value!r}" if isinstance(value, str) else f"{name}: {str(value).lower()}"
-                          for name, value in values.items())
-        command = ["papermill", "-k", "python3", "--no-progress-bar", "-y", lines,
-                   str(params.ROOT / "notebooks" / f"{notebook}.ipynb"), str(executed)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        pairs = [part for name, value in values.items() for part in ("-p", name, json.dumps(value))]
+        command = [sys.executable, "-m", "lib.notebooks", "run", notebook, "--to", str(executed), *pairs]
+        done = subprocess.run(command, env=environment, cwd=params.ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{item.name}: {executed} failed\n{done.stderr[-2000:]}")
     (folder / "fingerprint").write_text(key + "\n")

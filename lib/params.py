@@ -40,6 +40,11 @@ def section(tree):
     return float(tree) if isinstance(tree, float) else str(tree)
 
 
+def parse(text):
+    """A value as params.yaml would have it: number, word, list or dictionary."""
+    return section(YAML(typ="safe").load(text))
+
+
 def merge(base, changes, where="params.yaml", new_keys=False):
     """``base`` with the values of ``changes``, recursively. Unknown keys are errors unless ``new_keys``."""
     merged = Section(base)
@@ -73,7 +78,7 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
     tree = section(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
     for assignment in filter(None, os.environ.get("JOINT_SET", "").split(",")):
         *path, key = assignment.split("=", 1)[0].split(".")
-        value = section(YAML(typ="safe").load(assignment.split("=", 1)[1]))
+        value = parse(assignment.split("=", 1)[1])
         nested = {key: value}
         for name in reversed(path):
             nested = {name: nested}

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython.display import Image, display
 from matplotlib.colors import to_rgba
 from matplotlib.patches import ConnectionPatch
 
@@ -378,5 +379,7 @@ def figure2(image, truth, blocks, teachers=None):
 
 
 def save(figure, file):
-    """Write a figure as PNG; the same figure gives the same bytes."""
+    """Write a figure as PNG and show the file; the same figure gives the same bytes."""
     figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    display(Image(str(file)))

@@ -53,15 +53,16 @@ def test_settings_of_other_methods_and_cohorts_do_not_repeat_an_item(settings):
 
 
 def fake_run(fails=()):
-    """Stands for papermill: writes what notebook 8 would write, and fails where told to."""
+    """Stands for lib.notebooks: writes what notebook 8 would write, and fails where told to."""
     calls = []
 
     def run(command, **_):
-        values = dict(line.split(": ", 1) for line in command[command.index("-y") + 1].splitlines())
-        name = f"{values['recipe']}-{values['rate']}-{values['seed']}".replace("'", "")
-        calls.append((name, command[-2].rsplit("/", 1)[1]))
+        given = command[command.index("--to") + 2 :]
+        values = {key: json.loads(value) for key, value in zip(given[1::3], given[2::3])}
+        name = "{recipe}-{rate}-{seed}".format(**values)
+        calls.append((name, command[command.index("run") + 1]))
         if "destination" in values and name not in fails:
-            folder = params.Path(values["destination"].strip("'"))
+            folder = params.Path(values["destination"])
             folder.mkdir(parents=True)
             (folder / "per_image.csv").write_text("made up\n")
         failed = name in fails
