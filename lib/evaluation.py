@@ -15,8 +15,6 @@ from lib.pseudo_masks import fuse, mean_confidence
 from lib.refinement import refined
 from lib.volumes import VolumeCohort, score_volumes
 
-METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "cctr", "cctr-b",
-           "classical")
 FAMILIES = {"joint": "", "joint_plus": "+"}  # stage, and what its methods' names end in
 
 
@@ -103,7 +101,7 @@ def title_of(cohort, split):
 
 
 @torch.no_grad()
-def predict(experiment, index, split):
+def predict(experiment, index):
     """Masks of the images ``index`` by every method of one experiment that has been trained.
 
     fs is the pre-trained segmentation network, mt the teacher; joint is the segmentation network alone, registration
@@ -135,8 +133,7 @@ def predict(experiment, index, split):
             networks, kept = load_round(experiment, number, stage)
             if stage == "joint_plus":
                 networks = refined(networks, settings.joint_plus)
-            made = experiment.generate(networks, index, f"{split}, {stage} round {number}",
-                                       "test", stage, split, number)
+            made = experiment.generate(networks, index, f"test, {stage} round {number}", "test", stage, number)
             masks[number] = fuse(made, kept.get("weight", 0.5))
         for method, field in (("registration", "registration"), ("joint", "plain"), ("combined", "soft")):
             found[method + ending] = chosen[method], getattr(masks[chosen[method]], field), seconds
@@ -161,13 +158,12 @@ def evaluate(experiment):
     """
     cohort, data = experiment.cohort, experiment.data
     frames, bins, kept = [], [], {}
-    for split in ("test", "unseen"):
-        index = cohort.index(split)
-        if len(index) == 0:
-            continue
-        truth = data.masks[index]
-        for method, (number, masks, seconds) in predict(experiment, index, split).items():
-            frame, reliable = describe(experiment, split, index, method, masks, truth)
+    parts = {split: cohort.index(split) for split in ("test", "unseen") if len(cohort.index(split))}
+    predicted = predict(experiment, np.concatenate(list(parts.values())))
+    for split, index in parts.items():
+        for method, (number, masks, seconds) in predicted.items():
+            masks = masks[: len(index)] if split == "test" else masks[-len(index) :]
+            frame, reliable = describe(experiment, split, index, method, masks, data.masks[index])
             frames.append(frame.assign(round=number, seconds=round(seconds, 1)))
             bins.append(reliable)
             if split == "test":

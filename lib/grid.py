@@ -17,8 +17,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib import params
-from lib.experiment import CCTR, JOINT_PLUS, MEAN_TEACHER, NUMERICS
-
 # What a variant may change, and the notebook that has to run again.
 VARIED = {"coverage": "02_pretrain_segmentation", "joint_plus": "06_joint_plus", "cctr": "07_cctr"}
 
@@ -76,6 +74,8 @@ def folder_of(item, settings):
 
 def key_of(item, settings):
     """Fingerprint of everything that the item's results depend on."""
+    from lib.experiment import CCTR, JOINT_PLUS, MEAN_TEACHER, NUMERICS  # not above: an empty grid needs no torch
+
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
     ran = set(notebooks_of(item, settings))
     unused = {"joint_plus": "06_joint_plus", "cctr": "07_cctr"}

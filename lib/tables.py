@@ -3,11 +3,11 @@
 import numpy as np
 import pandas as pd
 
-from lib import calibration, statistics
-from lib.data import DataError
-from lib.evaluation import METHODS
+from lib import DataError, calibration, statistics
 from lib.params import RECIPES, output_root, results_folder
 
+METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "cctr", "cctr-b",
+           "classical")
 GROUP = ["cohort", "recipe", "method", "class", "rate", "n_labelled"]
 SCORES = ("dsc", "hd", "hd95")
 PAIRS = [*((method, "fs") for method in METHODS[1:]), ("combined", "mt"), ("combined+", "mt"),
