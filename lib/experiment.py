@@ -53,8 +53,9 @@ class Experiment:
 
     def annotation_order(self, data):
         """The training images in the order in which they cover the cohort best, see lib.selection."""
-        return coverage_order(load_pretrained_registration(self), data, data.drawn, self.settings.coverage, self.numerics,
-                              self.numerics.generator(self.settings.seed, "coverage"))
+        network = load_pretrained_registration(self)
+        generator = self.numerics.generator(self.settings.seed, "coverage")
+        return coverage_order(network, data, data.drawn, self.settings.coverage, self.numerics, generator)
 
     def segmentation_network(self):
         """A ResidualUNet with the seed's initial weights, on the device."""

@@ -1,4 +1,4 @@
-"""`python -m lib.notebooks run NAME -p KEY VALUE ...`: one notebook through papermill; and what the pipeline depends on.
+"""`python -m lib.notebooks run NAME -p KEY VALUE ...`: a notebook through papermill; what the pipeline depends on.
 
 The pipeline depends on the code cells of the notebooks instead of the notebooks themselves (`extract`): opening a
 notebook, running it or editing its prose changes the file; only a change of its code repeats a stage.
@@ -43,8 +43,8 @@ def run(name, values, executed=None):
     executed.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     execute_notebook(
-        ROOT / "notebooks" / f"{name}.ipynb", executed, values, kernel_name="python3", progress_bar=False, log_output=True,
-        autosave_cell_every=30,
+        ROOT / "notebooks" / f"{name}.ipynb", executed, values, kernel_name="python3", progress_bar=False,
+        log_output=True, autosave_cell_every=30,
         shutdown_kernel="immediate",  # all that it has done is on disk; a graceful end takes it two seconds
     )
 

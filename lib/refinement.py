@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.losses import gncc, smoothness_loss
+from lib.optimiser import AdamW
 from lib.warping import warp
 
 
@@ -33,14 +34,14 @@ def refine(field, source, target, options):
     coarse = [max(2, round(options.control_points * length / side)) for length in (height, width)]
     for shape, steps, rate in zip((coarse, (height, width)), options.steps, options.rates):
         change = torch.zeros(len(field), 2, *shape, device=field.device, requires_grad=True)
-        optimiser = torch.optim.Adam([change], lr=rate * side)
+        optimiser = AdamW([change], rate * side, fused=False)
         moved = lambda: field + F.interpolate(change, size=(height, width), mode="bilinear", align_corners=False)
         for _ in range(steps):
             with torch.enable_grad():
                 whole = moved()
                 similarity = gncc(warp(source, whole), target).mean()
                 loss = len(field) * (options.smoothness * smoothness_loss(whole) - similarity)
-            change.grad = None
+            optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         field = moved().detach()

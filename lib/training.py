@@ -15,6 +15,7 @@ from lib.evaluation import dice
 from lib.experiment import resume, save_atomically, save_cost
 from lib.losses import registration_loss, soft_dice_loss
 from lib.models import pad_to_multiple
+from lib.optimiser import AdamW
 from lib.params import fingerprint, work_folder
 
 CHECKPOINT_SECONDS = 20
@@ -67,7 +68,7 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
     """
     device = next(network.parameters()).device
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=weight_decay, fused=True)
+    optimiser = AdamW(trained, peak, weight_decay)
     file = work_folder("checkpoints", f"{key}.pt")
     history, watched, best, best_score, start, before = [], [], None, -math.inf, 0, 0.0
     saved = resume(file, key, device)
@@ -95,9 +96,9 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
     for step in range(start, steps):
         network.train()
         rate = learning_rate(schedule, peak, step, steps)
-        optimiser.param_groups[0]["lr"] = rate
+        optimiser.rate = rate
         losses = batch_loss(generator, step)
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.zero_grad()
         next(iter(losses.values())).backward()
         optimiser.step()
         if after_step:

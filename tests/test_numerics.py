@@ -33,6 +33,8 @@ def test_the_same_settings_give_the_numbers_that_the_names_stand_for(recipe, tmp
     settings = params.load(recipe, seed=1, rate=10)
     settings |= {"device": "cpu", "precision": "float32"}
     settings.segmentation |= {"epochs": 20, "max_steps": 20}
+    settings.joint_plus |= {"segmentation_epochs": 4}
+    settings.joint_plus.refinement |= {"steps": [10, 20]}
     made_up_cohort().save(experiment.cohort_file(settings))
     trial = experiment.Experiment(settings)
     found = {"segmentation": summary(training.pretrain_segmentation(trial)[1].history),

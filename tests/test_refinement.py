@@ -6,7 +6,7 @@ from lib.losses import gncc
 from lib.refinement import Refined, refine, refined
 from lib.warping import folding, warp
 
-OPTIONS = params.load().joint_plus.refinement
+OPTIONS = params.Section(params.load().joint_plus.refinement | {"steps": [10, 20]})
 
 
 def blobs(centres, side=64):
