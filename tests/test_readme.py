@@ -6,7 +6,7 @@ import pytest
 from lib import params
 
 
-@pytest.mark.parametrize("cohort", params.CHOICES["cohort"])
+@pytest.mark.parametrize("cohort", sorted(file.parent.name for file in params.ROOT.glob("results/*/table1.md")))
 def test_the_readmes_tables_are_the_results(cohort):
     """Results that were regenerated with other settings differ from the README's, and from git's: then skip."""
     file = params.ROOT / "results" / cohort / "table1.md"
@@ -17,5 +17,7 @@ def test_the_readmes_tables_are_the_results(cohort):
 
 def test_every_link_and_picture_is_there():
     text = (params.ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\(([^)]+)\)", text):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    assert len(links) > 10
+    for link in links:
         assert (params.ROOT / link).exists(), link
