@@ -11,7 +11,8 @@ METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "jo
 GROUP = ["cohort", "recipe", "method", "class", "rate", "n_labelled"]
 SCORES = ("dsc", "hd", "hd95")
 PAIRS = [*((method, "fs") for method in METHODS[1:]), ("combined", "mt"), ("combined+", "mt"),
-         ("combined+", "joint+"), ("combined+", "registration+")]
+         ("combined+", "joint+"), ("combined+", "registration+"), ("cctr", "joint+")]
+ABLATED = {"joint+": "combined+", "cctr": "cctr-b"}  # methods with variants, and what each brings along
 
 KEYS = ["cohort", "recipe", "rate", "seed", "variant"]
 ROUNDS = [*KEYS, "stage", "round", "split", "n", "dsc_segmentation", "dsc_registration", "dsc_pseudo_masks",
@@ -29,6 +30,9 @@ PAPER = {
     ("combined", 1): (0.84, 0.05, 11.60, 18.57), ("combined", 10): (0.87, 0.04, 11.26, 18.77),
     ("combined", 50): (0.92, 0.03, 8.99, 19.56),
 }
+
+# Published mean DSC over classes and the 20 test patients, by cohort and labelled patients; 256 x 256, full schedules.
+PUBLISHED = {"ACDC": {3: {"PS-MT": 0.8694, "BCP": 0.8759, "UniMatch": 0.8761}}}
 
 
 def folders(settings):
@@ -191,10 +195,30 @@ def markdown(table):
     return as_markdown(rows)
 
 
+def beside_the_published(table):
+    """Our mean DSC beside published figures from the same test patients: one row per method and labelled patients."""
+    table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean")]
+    rows = []
+    for (cohort, labelled), group in table.groupby(["cohort", "n_labelled"], sort=False):
+        head = {"cohort": cohort, "labelled patients": labelled}
+        for _, row in group.iterrows():
+            rows.append({**head, "method": row["method"], "recipe": row["recipe"], "seeds": row["n_seeds"],
+                         "DSC, here": f"{row['dsc_mean']:.3f}", "DSC, published": ""})
+        for name, dsc in PUBLISHED[cohort].get(labelled, {}).items():
+            rows.append({**head, "method": name, "recipe": "its authors'", "seeds": "", "DSC, here": "",
+                         "DSC, published": f"{dsc:.3f}"})
+    return as_markdown(rows)
+
+
 def beside_the_paper(table):
-    """Our Table 1 beside the paper's, which is from other data: one row per method and rate."""
+    """Our Table 1 beside the paper's, which is from other data: one row per method and rate.
+
+    Where there are published figures from the same data, it stands beside those instead.
+    """
     table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean")]
     ours = table[~table["cohort"].str.contains("unseen")]
+    if set(ours["cohort"]) <= set(PUBLISHED):
+        return beside_the_published(ours)
     rows = []
     for rate in sorted(set(ours["rate"]) | {1}):
         for method in METHODS:
@@ -215,58 +239,60 @@ def beside_the_paper(table):
 
 
 def ablation(per_image, rounds):
-    """What each part of joint+ brings: joint+ and combined+ as they stand and without it, over the same seeds.
+    """What each part of a method brings: joint+, or CCT-R, as it stands and with a part changed, over the same seeds.
 
     Args:
         per_image: rows of average_classes, variants among them.
         rounds: rows of rounds.csv, variants among them.
 
     Returns:
-        pandas.DataFrame, one row per variant: DSC and HD on the test images of fs (that of the same labelled images),
-        joint+ and combined+, the difference
-        of joint+'s DSC from the full one with its p (Wilcoxon over subjects) and the validation DSC that decided.
+        pandas.DataFrame, one row per variant, and one of the whole method: DSC and HD on the test images of the
+        method and of its companion (combined+, or CCT-R's second network), DSC of fs (that of the same labelled
+        images), the difference of the method's DSC from the whole one with its p (Wilcoxon over subjects), and the
+        best validation DSC of joint+'s rounds.
     """
     test = per_image[(per_image["class"] == "mean") & ~per_image["cohort"].str.contains("unseen")]
-    variants = test[test["variant"] != ""]
     rows = []
-    for (cohort, recipe, rate), group in variants.groupby(["cohort", "recipe", "rate"], sort=False):
-        for variant in ["", *group["variant"].unique()]:
-            same = (test["cohort"] == cohort) & (test["recipe"] == recipe) & (test["rate"] == rate)
-            seeds = group["seed"].unique() if variant == "" else group.loc[group["variant"] == variant, "seed"].unique()
-            chosen = test[same & (test["variant"] == variant) & test["seed"].isin(seeds)]
-            full = test[same & (test["variant"] == "") & test["seed"].isin(seeds) & (test["method"] == "joint+")]
-            row = {"cohort": cohort, "recipe": recipe, "rate": rate, "variant": variant or "joint+",
-                   "seeds": len(seeds)}
-            for method in ("fs", "joint+", "combined+"):
-                values = chosen[chosen["method"] == method]
-                row |= {f"{method} dsc": values["dsc"].mean(), f"{method} hd": values["hd"].mean()}
-            joint = chosen[chosen["method"] == "joint+"]
-            if variant and len(full) and len(joint):
-                values = [statistics.per_subject(f, "dsc")["joint+"] for f in (joint, full)]
-                row["difference"] = float((values[0] - values[1]).mean())
-                row["p"] = statistics.wilcoxon(*values)[0]
-            measured = rounds[(rounds["variant"] == variant) & (rounds["stage"] == "joint+") & (rounds["rate"] == rate)
-                              & (rounds["recipe"] == recipe) & (rounds["split"] == "validation")
-                              & rounds["seed"].isin(seeds)]
-            row["validation dsc"] = measured.groupby("seed")["dsc_segmentation"].max().mean()
-            rows.append(row)
-    return pd.DataFrame(rows, columns=None if rows else ["cohort", "recipe", "rate", "variant", "seeds"])
+    for (cohort, recipe, rate), group in test.groupby(["cohort", "recipe", "rate"], sort=False):
+        for method, companion in ABLATED.items():
+            own = group[group["method"] == method]
+            variants = own.loc[own["variant"] != "", "variant"].unique()
+            for variant in ["", *variants] if len(variants) else []:
+                seeds = own.loc[(own["variant"] == variant) if variant else (own["variant"] != ""), "seed"].unique()
+                chosen = group[(group["variant"] == variant) & group["seed"].isin(seeds)]
+                score = lambda name, of: chosen.loc[chosen["method"] == name, of].mean()
+                row = {"cohort": cohort, "recipe": recipe, "rate": rate, "method": method,
+                       "variant": variant or "as it stands", "seeds": len(seeds), "fs dsc": score("fs", "dsc"),
+                       "dsc": score(method, "dsc"), "hd": score(method, "hd"), "companion": companion,
+                       "companion dsc": score(companion, "dsc"), "companion hd": score(companion, "hd")}
+                whole = own[(own["variant"] == "") & own["seed"].isin(seeds)]
+                if variant and len(whole):
+                    both = [statistics.per_subject(frame, "dsc")[method]
+                            for frame in (chosen[chosen["method"] == method], whole)]
+                    row["difference"] = float((both[0] - both[1]).mean())
+                    row["p"] = statistics.wilcoxon(*both)[0]
+                measured = rounds[(rounds["variant"] == variant) & (rounds["stage"] == method)
+                                  & (rounds["rate"] == rate) & (rounds["recipe"] == recipe)
+                                  & (rounds["split"] == "validation") & rounds["seed"].isin(seeds)]
+                row["validation dsc"] = measured.groupby("seed")["dsc_segmentation"].max().mean()
+                rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["cohort", "recipe", "rate", "method", "variant", "seeds"])
 
 
 def ablation_markdown(table):
     """The ablation for reading; says so where it has not been run."""
     if not len(table):
         return "The ablation has not been run: `dvc exp run -S 'grid.variants=[...]'`, see params.yaml.\n"
+    figure = lambda value, digits: "" if pd.isna(value) else f"{value:.{digits}f}"
     rows = []
     for _, row in table.iterrows():
         p = row.get("p", np.nan)
         rows.append({
-            "cohort": row["cohort"], "rate": f"{row['rate']:g} %", "variant": row["variant"], "seeds": row["seeds"],
-            "validation DSC": f"{row['validation dsc']:.3f}", "fs DSC": f"{row['fs dsc']:.3f}",
-            "joint+ DSC": f"{row['joint+ dsc']:.3f}",
-            "joint+ HD": f"{row['joint+ hd']:.2f}", "combined+ DSC": f"{row['combined+ dsc']:.3f}",
-            "combined+ HD": f"{row['combined+ hd']:.2f}",
-            "difference": "" if pd.isna(row.get("difference", np.nan)) else f"{row['difference']:+.4f}",
+            "cohort": row["cohort"], "rate": f"{row['rate']:g} %", "method": row["method"], "variant": row["variant"],
+            "seeds": row["seeds"], "validation DSC": figure(row["validation dsc"], 3),
+            "fs DSC": figure(row["fs dsc"], 3), "DSC": figure(row["dsc"], 3), "HD (px)": figure(row["hd"], 2),
+            "combined+ or cctr-b: DSC": figure(row["companion dsc"], 3), "HD": figure(row["companion hd"], 2),
+            "difference of DSC": "" if pd.isna(row.get("difference", np.nan)) else f"{row['difference']:+.4f}",
             "p": "" if pd.isna(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
         })
     return as_markdown(rows)
