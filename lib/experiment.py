@@ -99,7 +99,7 @@ class Experiment:
         """Which labelled images may be registered to the images ``index``: None for all, else ``(n, k)`` positions."""
         if not isinstance(self.cohort, VolumeCohort):
             return None
-        return self.data.as_index(self.cohort.matches(index.cpu(), self.data.labelled.cpu()))
+        return self.data.as_index(self.cohort.matches(torch.as_tensor(index).cpu(), self.data.labelled.cpu()))
 
     def draw_sources(self, index, n, generator):
         """``(len(index), n)`` positions of random labelled images to register to the images ``index``."""

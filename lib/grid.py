@@ -38,11 +38,12 @@ class Item(NamedTuple):
 def groups_of(settings):
     """Items that share a registration network, as lists: recipe and seed are the same, rates and variants differ.
 
-    The variants of joint+ run at the first rate. What the pipeline runs anyway, at its own rate and seed, is left out.
+    Variants run at the first rate. What the pipeline runs anyway, at its own rate and seed, is left out. The main
+    recipe comes before the baseline.
     """
     grid = settings.grid
     groups = []
-    for seed, recipe in itertools.product(grid.seeds, params.recipes(settings)):
+    for recipe, seed in itertools.product(reversed(params.recipes(settings)), grid.seeds):
         items = [Item(recipe, rate, seed) for rate in grid.rates if (rate, seed) != (settings.rate, settings.seed)]
         if recipe == settings.recipe:
             items += [Item(recipe, grid.rates[0], seed, variant) for variant in grid.variants]

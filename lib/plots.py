@@ -46,7 +46,7 @@ def draw(axes, image, mask=None, title="", heat=None, colour=TRUE):
 def gallery(images, masks, titles, columns=6):
     """Slices with the outline of their masks."""
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.2 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.5 * rows), squeeze=False)
     for ax in axes.flat[len(images):]:
         ax.axis("off")
     for ax, image, mask, title in zip(axes.flat, images, masks, titles):

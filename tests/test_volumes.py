@@ -135,6 +135,9 @@ def test_the_pieces_fit_the_experiment(settings, folder, tmp_path, monkeypatch):
     settings = params.load("strong", cohort="acdc", rate=34)
     acdc.build(params.Section(folder=str(folder), size=32, patients={})).save(experiment.cohort_file(settings))
     trial = experiment.Experiment(settings)
+    networks = trial.segmentation_network(), trial.registration_network()
+    masks = trial.generate(networks, trial.cohort.index("test"), "test", "test")
+    assert masks.soft.shape == (len(trial.cohort.index("test")), 3, 32, 32)
     drawn = trial.draw_sources(trial.data.unlabelled, 5, trial.numerics.generator(1))
     assert drawn.shape == (len(trial.data.unlabelled), 5) and drawn.max() < len(trial.data.labelled)
     assert set(trial.cohort.subjects[trial.data.labelled]) == {"patient001"}
