@@ -1,0 +1,229 @@
+"""A user's own folder of NIfTI images, with masks for some; and results written back onto the grids they came from."""
+
+import gzip
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from lib import DataError
+from lib.data import check_image
+
+ENDINGS = (".nii.gz", ".nii")
+RAS = np.array([[0, 1], [1, 1], [2, 1]])  # nibabel's way to say right, anterior, superior
+GZIP = 1100  # no gzip file unpacks to more than so many times its size
+
+
+class Case(NamedTuple):
+    """An image, and its mask where there is one."""
+
+    name: str  # the image's file name without its endings
+    image: Path
+    mask: Path | None
+
+
+class Grid(NamedTuple):
+    """Where the voxels of a file lie, and how its slices were taken."""
+
+    kind: type  # nibabel's class of the file
+    header: object
+    affine: np.ndarray
+    shape: tuple  # as stored
+    orientation: np.ndarray  # of the stored axes, as nibabel has it
+    axis: int  # of the canonical array along which slices were taken
+
+    @property
+    def spacing(self):
+        """mm between (slices, rows, columns)."""
+        sizes = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))[np.argsort(self.orientation[:, 0])]
+        return tuple(float(size) for size in (sizes[self.axis], *np.delete(sizes, self.axis)))
+
+    def image(self, slices):
+        """Slices ``(slices, rows, columns)`` as an image with exactly the stored shape, affine and orientation."""
+        canonical = np.moveaxis(slices, 0, self.axis)
+        stored = nib.apply_orientation(canonical, nib.orientations.ornt_transform(RAS, self.orientation))
+        header = self.header.copy()
+        header.set_data_dtype(slices.dtype)
+        header.set_slope_inter(1, 0)
+        header["cal_min"] = header["cal_max"] = 0
+        return self.kind(np.ascontiguousarray(stored).reshape(self.shape), self.affine, header)
+
+
+def name_of(file):
+    """A file's name without .nii or .nii.gz; None where it has neither."""
+    return next((file.name[: -len(ending)] for ending in ENDINGS if file.name.lower().endswith(ending)), None)
+
+
+def nifti_files(folder, what):
+    """NIfTI files of a folder by name, sorted.
+
+    Raises:
+        DataError: no such folder, unreadable, a name that is there twice, or a link that leads out of the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give the one that holds the {what}")
+    try:
+        files = sorted(file for file in folder.iterdir() if name_of(file))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
+    found = {}
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{file} is a link out of its folder, to {file.resolve()}: copy the file there instead")
+        if name_of(file) in found:
+            raise DataError(f"{found[name_of(file)]} and {file} have the same name: remove or rename one")
+        found[name_of(file)] = file
+    return found
+
+
+def find_cases(images, masks=None, pattern="{case}"):
+    """All images of a folder, each with its mask where there is one, sorted by name.
+
+    Args:
+        images: folder of the images.
+        masks: folder of the masks, which may be the same one; None for no masks.
+        pattern: name of a mask without its ending, where ``{case}`` stands for the image's.
+
+    Raises:
+        DataError: see ``nifti_files``; no image; a mask without an image; a pattern without ``{case}``.
+    """
+    if "{case}" not in pattern:
+        raise DataError(f"the pattern '{pattern}' of the masks' names does not hold {{case}}: write e.g. {{case}}_mask")
+    found = nifti_files(images, "images")
+    by_name = nifti_files(masks, "masks") if masks else {}
+    same = masks and Path(masks).resolve() == Path(images).resolve()
+    if same:
+        if pattern == "{case}":
+            raise DataError(f"images and masks are both in {images}: give the pattern of the masks' names")
+        names = {pattern.replace("{case}", name) for name in found}
+        found = {name: file for name, file in found.items() if name not in names}
+        by_name = {name: file for name, file in by_name.items() if name in names}
+    if not found:
+        raise DataError(f"{images} holds no .nii or .nii.gz file: give the folder that holds the images")
+    cases = [Case(name, file, by_name.pop(pattern.replace("{case}", name), None)) for name, file in found.items()]
+    if by_name:
+        raise DataError(
+            f"{next(iter(by_name.values()))} is the mask of no image in {images} ({len(by_name)} such in all): its name "
+            f"must be an image's by the pattern {pattern}"
+        )
+    return cases
+
+
+def check_gzip(file, most):
+    """Read a .gz file to its end, where its checksum is, which nibabel does not.
+
+    Raises:
+        OSError, EOFError, zlib.error: it is broken. ValueError: it unpacks to more than ``most`` bytes and some.
+    """
+    if not file.name.lower().endswith(".gz"):
+        return
+    size = 0
+    with gzip.open(file) as stream:
+        while part := stream.read(2**20):
+            size += len(part)
+            if size > most + 2**20:
+                raise ValueError("there is more in it than its header declares")
+
+
+def read_scan(file, axis=2):
+    """The slices of an image or a mask, in canonical (RAS) orientation.
+
+    Args:
+        file: NIfTI, 2D or 3D.
+        axis: along which slices are taken: 0 left to right, 1 posterior to anterior, 2 inferior to superior. Where an
+            image has one slice only, along that axis.
+
+    Returns:
+        (``(slices, rows, columns)`` float32, Grid).
+
+    Raises:
+        DataError: the file is missing, empty, truncated or not NIfTI; declares more than it can hold; is 4D, in
+            colour or complex; has no voxels; has an affine that cannot be inverted.
+    """
+    file = Path(file)
+    try:
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty: export or download it again")
+        stored = nib.load(file)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist: check the folder's layout and the file's name") from error
+    except Exception as error:  # nibabel lets whatever gzip, numpy and its own parsers raise through
+        raise DataError(f"{file} cannot be read as NIfTI ({error}): export or download it again") from error
+    if not isinstance(stored, (nib.Nifti1Image, nib.Nifti2Image)):
+        raise DataError(f"{file} is {type(stored).__name__}, not NIfTI: export it as NIfTI")
+    shape, kind = tuple(stored.shape), stored.get_data_dtype()
+    if kind.fields or kind.kind == "c":
+        raise DataError(f"{file} holds {'colours' if kind.fields else 'complex numbers'}: export one value per voxel")
+    if 0 in shape or len(shape) < 2 or any(side < 0 for side in shape):
+        raise DataError(f"{file} has the shape {shape}: there is nothing in it, leave it out")
+    if any(side > 1 for side in shape[3:]):
+        raise DataError(f"{file} has {len(shape)} dimensions {shape}: give every volume as a file of its own")
+    declared = int(np.prod(shape, dtype=object)) * kind.itemsize
+    if declared > GZIP * file.stat().st_size:
+        raise DataError(f"{file} declares {declared / 1e9:.1f} GB but has {file.stat().st_size} bytes: export it again")
+    if not np.isfinite(stored.affine).all() or abs(np.linalg.det(stored.affine[:3, :3])) < 1e-12:
+        raise DataError(f"{file} has an affine that cannot be inverted: export it again, with its orientation")
+    try:
+        values = np.asarray(stored.dataobj, dtype=np.float32)
+        check_gzip(file, declared + stored.dataobj.offset)
+    except Exception as error:  # as above
+        raise DataError(f"{file} cannot be read as NIfTI ({error}): export or download it again") from error
+    orientation = nib.io_orientation(stored.affine)
+    canonical = nib.apply_orientation(values.reshape((*shape, 1, 1)[:3]), orientation)
+    single = [k for k, side in enumerate(canonical.shape) if side == 1]
+    axis = single[0] if len(single) == 1 else axis
+    grid = Grid(type(stored), stored.header, stored.affine, shape, orientation, axis)
+    return np.moveaxis(canonical, axis, 0), grid
+
+
+def read_case(case, axis=2, values=None):
+    """An image and its labels, checked.
+
+    Args:
+        values: the label values that masks may hold, background included; None for any whole numbers from 0 to 255.
+
+    Returns:
+        (image ``(slices, rows, columns)`` float32, labels uint8 or None, Grid of the image).
+
+    Raises:
+        DataError: see ``read_scan``; NaN or a constant image; image and mask of different shape or affine; labels
+            that are not whole, negative or not among ``values``.
+    """
+    image, grid = read_scan(case.image, axis)
+    check_image(image, case.image)
+    if case.mask is None:
+        return image, None, grid
+    labels, on = read_scan(case.mask, axis)
+    if labels.shape != image.shape:
+        raise DataError(f"{case.image} has shape {grid.shape} but its mask {case.mask} has {on.shape}: "
+                        "resample the mask onto the image's grid")
+    if not np.allclose(grid.affine, on.affine, atol=1e-3):
+        raise DataError(f"{case.image} and its mask {case.mask} have different affines: "
+                        "resample the mask onto the image's grid")
+    found = np.unique(labels)
+    allowed = range(256) if values is None else values
+    unknown = [float(value) for value in found if value not in allowed]
+    if unknown:
+        raise DataError(f"{case.mask} holds the values {unknown[:5]}, "
+                        + ("which are not labels from 0 to 255" if values is None else f"not only {sorted(values)}"))
+    return image, labels.astype(np.uint8), grid
+
+
+def write_scan(slices, grid, file):
+    """Write slices back onto the grid that they came from; leaves either the old file or the whole new one.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    file = Path(file)
+    partial = file.with_name(f".{file.name.removesuffix('.nii.gz')}.partial.nii.gz")
+    try:
+        nib.save(grid.image(slices), partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
