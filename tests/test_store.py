@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from lib import DataError, store
+
+
+def slices(seed, count=3, size=8):
+    return np.random.default_rng(seed).random((count, size, size))
+
+
+def test_what_goes_in_comes_out_after_reopening(tmp_path):
+    first = store.Store(tmp_path / "s", 8)
+    first.add("a", "1", slices(0), np.full((3, 8, 8), 2))
+    first.add("b", "1", slices(1, count=1))
+    again = store.Store(tmp_path / "s", 8)
+    assert np.allclose(again.images("a"), slices(0), atol=1e-3) and again.images("b").shape == (1, 8, 8)
+    assert (again.labels("a") == 2).all() and again.labels("b") is None
+    assert again.has("a", "1") and not again.has("a", "2") and not again.has("c", "1")
+
+
+def test_a_changed_case_replaces_the_old_one(tmp_path):
+    first = store.Store(tmp_path, 8)
+    first.add("a", "1", slices(0))
+    first.add("b", "1", slices(1))
+    first.add("a", "2", slices(2, count=5))
+    again = store.Store(tmp_path, 8)
+    assert again.images("a").shape == (5, 8, 8) and np.allclose(again.images("b"), slices(1), atol=1e-3)
+
+
+def test_a_crash_between_slices_and_index_loses_only_that_case(tmp_path):
+    first = store.Store(tmp_path, 8)
+    first.add("a", "1", slices(0))
+    with open(tmp_path / "images.bin", "ab") as stream:
+        stream.write(b"half a case")
+    with open(tmp_path / "index.jsonl", "a") as stream:
+        stream.write('{"name": "b", "finger')
+    again = store.Store(tmp_path, 8)
+    assert list(again.index) == ["a"]
+    again.add("b", "1", slices(1))
+    for name, seed in (("a", 0), ("b", 1)):
+        assert np.allclose(store.Store(tmp_path, 8).images(name), slices(seed), atol=1e-3)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    first = store.Store(tmp_path, 8)
+    first.add("a", "1", slices(0))
+    before = (tmp_path / "images.bin").stat().st_size
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            first.add("b", "1", slices(1))
+    assert (tmp_path / "images.bin").stat().st_size == before and "b" not in first.index
+    first.add("b", "1", slices(1))
+    assert np.allclose(store.Store(tmp_path, 8).images("b"), slices(1), atol=1e-3)
+
+
+def test_other_stores_are_refused(tmp_path):
+    store.Store(tmp_path, 8).add("a", "1", slices(0))
+    with pytest.raises(DataError, match="slices of 8 pixels, not 16"):
+        store.Store(tmp_path, 16)
+    (tmp_path / "index.jsonl").write_text("what?\n{}\n")
+    with pytest.raises(DataError, match="not the index"):
+        store.Store(tmp_path, 8)
