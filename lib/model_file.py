@@ -1,0 +1,90 @@
+"""A trained model as one file: safetensors, so that nothing in it is ever executed."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lib import DataError
+from lib.models import ResidualUNet
+
+FORMAT = "joint segmentation and registration"
+VERSION = 1
+
+
+class Model(NamedTuple):
+    """Segmentation networks of the same kind, whose mean is the mask, and what is needed to apply them.
+
+    ``about``: classes (names), values (label value of each class in the masks), size (side of the slices), axis,
+    normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and
+    settings), licence (of the training data) and calibration (pairs of mean confidence and DSC of held-out cases).
+    """
+
+    networks: list
+    about: dict
+
+    def to(self, numerics):
+        """The model on a device."""
+        return self._replace(networks=[numerics.place(network) for network in self.networks])
+
+
+REQUIRED = {"classes": list, "values": list, "size": int, "axis": int, "normalisation": str, "pseudo_masks": dict,
+            "symmetric": bool, "fingerprint": str, "licence": str, "calibration": list}
+
+
+def save_model(model, file):
+    """Write a model; leaves either the old file or the whole new one."""
+    file = Path(file)
+    tensors = {f"{k}/{name}": value.detach().cpu().contiguous()
+               for k, network in enumerate(model.networks) for name, value in network.state_dict().items()}
+    about = {**model.about, "networks": len(model.networks)}
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        save_file(tensors, partial, {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)})
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_model(file):
+    """The model in a file, on the CPU, whatever it was trained on.
+
+    Raises:
+        DataError: the file is missing, is no model of this project, is of another version, or is not whole.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise DataError(f"{file} does not exist: give the model file that a training has written")
+    try:
+        with safe_open(file, framework="pt", device="cpu") as archive:
+            head = archive.metadata() or {}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{file} is not a model file, or is cut short ({error}): train again, or copy it again") from error
+    if head.get("format") != FORMAT:
+        raise DataError(f"{file} is a safetensors file, but not a model of this project: give one that it has trained")
+    if head.get("version") != str(VERSION):
+        raise DataError(f"{file} is a model of version {head.get('version')}, this is version {VERSION}: train again, or "
+                        "use the release that wrote it")
+    try:
+        about = json.loads(head["about"])
+        for name, kind in REQUIRED.items():
+            if not isinstance(about[name], kind):
+                raise TypeError(f"{name} is {about[name]!r}")
+        networks = []
+        for k in range(int(about["networks"])):
+            network = ResidualUNet(len(about["classes"]), about["normalisation"])
+            own = {name.split("/", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{k}/")}
+            if not all(torch.isfinite(value).all() for value in own.values()):
+                raise ValueError("a weight is not finite")
+            network.load_state_dict(own)
+            networks.append(network.eval())
+        if not networks:
+            raise ValueError("there is no network in it")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise DataError(f"{file} is a model file whose content does not fit ({error}): train again") from error
+    return Model(networks, about)

@@ -1,0 +1,77 @@
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lib import DataError
+from lib.model_file import FORMAT, Model, load_model, save_model
+from lib.models import ResidualUNet
+
+ABOUT = {"classes": ["a", "b"], "values": [1, 5], "size": 32, "axis": 2, "normalisation": "instance",
+         "pseudo_masks": {"n": 5}, "symmetric": False, "fingerprint": "x", "licence": "", "calibration": []}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model([ResidualUNet(2, "instance").eval() for _ in range(2)], ABOUT)
+
+
+def test_a_model_survives_its_file(model, tmp_path):
+    save_model(model, tmp_path / "m.safetensors")
+    again = load_model(tmp_path / "m.safetensors")
+    image = torch.rand(1, 1, 32, 32)
+    assert again.about == {**ABOUT, "networks": 2} and len(again.networks) == 2
+    for mine, theirs in zip(model.networks, again.networks):
+        assert torch.equal(mine.segment(image), theirs.segment(image)) and not theirs.training
+
+
+def pickled(file):
+    file.write_bytes(pickle.dumps({"about": ABOUT}))
+
+
+def rewrite(about=None, **head):
+    def spoil(file):
+        import json
+        network = ResidualUNet(2, "instance")
+        save_file({f"0/{name}": value for name, value in network.state_dict().items()}, file,
+                  {"format": FORMAT, "version": "1", "about": json.dumps({**ABOUT, "networks": 1, **(about or {})}), **head})
+    return spoil
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda f: f.write_bytes(f.read_bytes()[:-100]), "cut short"),
+    (lambda f: f.write_bytes(b""), "not a model file"),
+    (pickled, "not a model file"),
+    (lambda f: torch.save({"weights": torch.zeros(3)}, f), "not a model file"),
+    (lambda f: save_file({"x": torch.zeros(3)}, f), "not a model of this project"),
+    (rewrite(version="99"), "version 99"),
+    (rewrite(about={"classes": ["a", "b", "c"]}), "does not fit"),
+    (rewrite(about={"networks": 0}), "no network"),
+    (rewrite(about={"size": "big"}), "does not fit"),
+    (lambda f: f.unlink(), "does not exist"),
+])
+def test_what_is_no_model_is_refused_and_named(model, tmp_path, spoil, words):
+    file = tmp_path / "m.safetensors"
+    save_model(model, file)
+    spoil(file)
+    with pytest.raises(DataError, match=f"(?s)m.safetensors.*{words}"):
+        load_model(file)
+
+
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+    with torch.no_grad():
+        next(model.networks[1].parameters()).fill_(float("nan"))
+    save_model(model, tmp_path / "m.safetensors")
+    with pytest.raises(DataError, match="not finite"):
+        load_model(tmp_path / "m.safetensors")
+
+
+def test_an_interrupted_write_leaves_the_old_model(model, tmp_path, monkeypatch):
+    save_model(model, tmp_path / "m.safetensors")
+    before = (tmp_path / "m.safetensors").read_bytes()
+    monkeypatch.setattr("lib.model_file.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+    with pytest.raises(OSError):
+        save_model(model, tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
