@@ -72,3 +72,32 @@ def quality_control(confidence, dsc):
         "spearman": float(stats.spearmanr(confidence, dsc).statistic),
         "auroc_worst_tenth": float(larger / (worst.sum() * (~worst).sum())),
     }
+
+
+def predict_dsc(pairs, confidence):
+    """The DSC that a mask of this mean confidence is likely to have, with a 95 % prediction interval.
+
+    A line through held-out cases by least squares, which may not fall as confidence rises.
+
+    Args:
+        pairs: (mean confidence, DSC) of held-out cases.
+
+    Returns:
+        (predicted, low, high), in [0, 1]; NaN where there are too few pairs: one for all, two for the interval.
+    """
+    from scipy import stats  # as above
+
+    x, y = np.asarray(pairs, float).reshape(-1, 2).T
+    n = len(x)
+    if n == 0:
+        return np.nan, np.nan, np.nan
+    spread = float(((x - x.mean()) ** 2).sum())
+    slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum() / spread)) if n >= 3 and spread > 0 else 0.0
+    predicted = float(y.mean() + slope * (confidence - x.mean()))
+    freedom = n - 1 - (slope > 0)
+    if freedom < 1:
+        return float(np.clip(predicted, 0, 1)), np.nan, np.nan
+    residual = y - y.mean() - slope * (x - x.mean())
+    wide = 1 + 1 / n + ((confidence - x.mean()) ** 2 / spread if slope > 0 else 0)
+    reach = stats.t.ppf(0.975, freedom) * np.sqrt((residual**2).sum() / freedom * wide)
+    return tuple(float(value) for value in np.clip((predicted, predicted - reach, predicted + reach), 0, 1))

@@ -65,6 +65,10 @@ class Cohort:
         """Of ``order``, the slice to show: the one that is labelled last, and so is unlabelled at every lower rate."""
         return order[-1]
 
+    def known(self, index):
+        """Which of these slices have a true mask to be measured against."""
+        return np.ones(len(index), bool)
+
     def units(self, index):
         """How many annotated things, here images, these slices are: the tables' n_labelled."""
         return len(index)
@@ -84,14 +88,14 @@ def load_cohort(file):
     Raises:
         DataError: the file is missing or is not one of ours.
     """
-    from lib.volumes import VolumeCohort  # which imports this module
+    from lib.volumes import OwnCohort, VolumeCohort  # which imports this module
 
     file = Path(file)
     if not file.exists():
         raise DataError(f"{file} is missing: run notebooks/01_data.ipynb, or `dvc repro`, first")
     try:
         with np.load(file) as archive:
-            kind = VolumeCohort if "volumes" in archive else Cohort
+            kind = OwnCohort if "masked" in archive else VolumeCohort if "volumes" in archive else Cohort
             values = {field.name: archive[field.name] for field in fields(kind)}
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise DataError(f"{file} is not a cohort file ({error}): delete it and run notebooks/01_data.ipynb") from error
@@ -292,6 +296,10 @@ class Tensors:
         self.count = cohort.count(settings.rate)
         self.order = order
         self.along = self.as_index(cohort.positions) if hasattr(cohort, "positions") else None
+
+    def known(self, index):
+        """``(n,)`` which of the images ``index`` have a true mask to be measured against."""
+        return self.as_index(self.cohort.known(index.cpu()))
 
     def positions(self, index):
         """Where slices of volumes lie along the axis, in [0, 1]; None where the images are not from volumes."""

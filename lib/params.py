@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("paper", "strong")
 CHOICES = {
-    "cohort": ("midbrain", "hippocampus", "acdc", "synapse"),
+    "cohort": ("midbrain", "hippocampus", "acdc", "synapse", "folder"),
     "recipe": RECIPES,
     "baseline": RECIPES,
     "scale": ("smoke", "cpu", "paper"),

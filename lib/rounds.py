@@ -45,7 +45,9 @@ def registration_quality(experiment, network, index, *names):
             inverse_consistency_error(there, back),
         ]))
     names = ("dsc_unregistered", "dsc_single", "gncc_before", "gncc_after", "inverse_consistency")
-    return dict(zip(names, torch.cat(parts, dim=1).mean(dim=1).tolist()))
+    values = torch.cat(parts, dim=1)
+    values[:2, ~data.known(index)] = torch.nan  # there is no true mask to compare with
+    return dict(zip(names, [*values[:2].nanmean(dim=1).tolist(), *values[2:].mean(dim=1).tolist()]))
 
 
 def measure(experiment, networks, masks, split, number):
@@ -55,14 +57,15 @@ def measure(experiment, networks, masks, split, number):
         masks: PseudoMasks of the images of ``split`` (validation or unlabelled).
     """
     index = getattr(experiment.data, split)
-    truth = experiment.data.masks[index]
+    known = experiment.data.known(index)
+    truth = experiment.data.masks[index[known]]
     return {
         "round": number,
         "split": split,
-        "n": len(truth),
-        "dsc_segmentation": float(dice(masks.plain, truth).mean()),
-        "dsc_registration": float(dice(masks.registration, truth).mean()),
-        "dsc_pseudo_masks": float(dice(masks.soft, truth).mean()),
+        "n": len(index),
+        "dsc_segmentation": float(dice(masks.plain[known], truth).mean()),
+        "dsc_registration": float(dice(masks.registration[known], truth).mean()),
+        "dsc_pseudo_masks": float(dice(masks.soft[known], truth).mean()),
         "mean_confidence": float(mean_confidence(masks.soft).mean()),
         "folding": float(masks.folding.mean()),
         **registration_quality(experiment, networks[1], index, split),

@@ -77,11 +77,41 @@ class VolumeCohort(Cohort):
         return np.stack(nearest, axis=1)
 
 
+@dataclass(frozen=True)
+class OwnCohort(VolumeCohort):
+    """A user's slices: what has a mask is labelled, the rest is not, and there is nothing to test on.
+
+    Attributes, besides those of VolumeCohort:
+        masked: ``(slices,)`` whether a slice has a mask.
+    """
+
+    masked: np.ndarray
+
+    def order(self, seed):
+        """Training slices, those with masks first; no seed changes it."""
+        train = self.index("train")
+        return train[np.argsort(~self.masked[train], kind="stable")]
+
+    def count(self, rate):
+        """How many training slices have masks, whatever the rate."""
+        return int(self.masked[self.index("train")].sum())
+
+    def known(self, index):
+        """Which of these slices have a true mask to be measured against."""
+        return self.masked[np.asarray(index)]
+
+
 def fit_to(image, size, mode):
     """A stack of slices ``(slices, height, width)`` resized to ``size`` x ``size``; ``nearest`` for labels."""
     tensor = torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)[:, None]
     options = {} if mode == "nearest" else {"align_corners": False, "antialias": True}
     return F.interpolate(tensor, size=(size, size), mode=mode, **options)[:, 0].numpy()
+
+
+def scaled(image):
+    """A volume in [0, 1], its darkest and brightest half per cent clipped: a few bright vessels would darken all else."""
+    low, high = np.percentile(image, (0.5, 99.5))
+    return min_max(np.clip(image, low, high)) if high > low else min_max(image)
 
 
 def score_volumes(cohort, masks, index):
@@ -122,10 +152,8 @@ def assemble(name, title, volumes, classes, size):
     """
     columns = {key: [] for key in ("images", "labels", "subjects", "split", "volumes", "positions", "ranks")}
     for volume, subject, split, rank, image, labels in volumes:
-        low, high = np.percentile(image, (0.5, 99.5))  # a few bright vessels would make all else dark
-        image = min_max(np.clip(image, low, high))
         count = len(image)
-        columns["images"].append(fit_to(image, size, "bilinear"))
+        columns["images"].append(fit_to(scaled(image), size, "bilinear"))
         columns["labels"].append(fit_to(labels, size, "nearest").astype(np.uint8))
         for key, value in (("subjects", subject), ("split", split), ("volumes", volume), ("ranks", rank)):
             columns[key].append(np.full(count, value))

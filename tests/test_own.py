@@ -1,0 +1,130 @@
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import DataError, own, params
+from lib.folder import Case
+from lib.store import Store
+
+
+def scan(seed, slices=3):
+    """A bright ball with a brighter core in noise; labels 2 and 7."""
+    rng = np.random.default_rng(seed)
+    rows, columns, depth = np.mgrid[:40, :36, :slices]
+    distance = np.hypot(rows - rng.uniform(17, 23), columns - rng.uniform(15, 21)) + depth
+    labels = np.select([distance < 5, distance < 11], [7, 2], 0).astype(np.uint8)
+    return (300 * (labels > 0) + 300 * (labels == 7) + 60 * rng.random(labels.shape)).astype(np.int16), labels
+
+
+def fill(folder, cases=6, labelled=2, slices=3):
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-2.0, 1.0, 4.0, 1.0])
+    for k in range(cases):
+        image, labels = scan(k, slices)
+        nib.save(nib.Nifti1Image(image, affine), folder / "images" / f"case {k}.nii.gz")
+        if k < labelled:
+            nib.save(nib.Nifti1Image(labels, affine), folder / "masks" / f"case {k}.nii.gz")
+    return folder
+
+
+def settings_for(folder, monkeypatch, **changes):
+    monkeypatch.setenv("JOINT_OUTPUT", str(folder / "out"))
+    monkeypatch.setenv("JOINT_SET", "scale=smoke,cohort=folder")
+    settings = params.load("strong")
+    settings.segmentation |= {"epochs": 200, "max_steps": 80}
+    settings.pseudo_masks |= {"n": 2}
+    settings.folder |= {"images": str(folder / "images"), "masks": str(folder / "masks"),
+                        "output": str(folder / "out"), "size": 32, **changes}
+    return settings
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory):
+    folder = fill(tmp_path_factory.mktemp("own"))
+    with pytest.MonkeyPatch.context() as patch:
+        return folder, own.segment_folder(settings_for(folder, patch))
+
+
+def test_every_case_gets_a_mask_and_a_confidence_map_on_its_own_grid(segmented):
+    folder, table = segmented
+    assert list(table["case"]) == [f"case {k}" for k in range(6)] and (table["status"] == "done").all()
+    scores = []
+    for k in range(6):
+        image = nib.load(folder / "images" / f"case {k}.nii.gz")
+        mask = nib.load(folder / "out" / f"case {k}_mask.nii.gz")
+        confidence = nib.load(folder / "out" / f"case {k}_confidence.nii.gz")
+        for file in (mask, confidence):
+            assert file.shape == image.shape and np.allclose(file.affine, image.affine)
+        values = np.asarray(confidence.dataobj)
+        assert 0 <= values.min() and values.max() <= 1
+        found, truth = np.asarray(mask.dataobj), scan(k)[1]
+        assert set(np.unique(found)) <= {0, 2, 7}
+        scores.append(2 * ((found > 0) & (truth > 0)).sum() / ((found > 0).sum() + (truth > 0).sum()))
+        row = table.iloc[k]
+        assert row["label 2"] == pytest.approx((found == 2).sum() * 8) and row["unit"] == "mm3"
+    assert np.mean(scores[2:]) > 0.8
+    assert pd.read_csv(folder / "out" / "cases.csv")["case"].tolist() == table["case"].tolist()
+
+
+def test_fewer_than_five_labelled_cases_are_left_out_in_turn(segmented):
+    model = own.load_model(segmented[0] / "out" / "model.safetensors")
+    assert len(model.networks) == 2 and len(model.about["calibration"]) == 2 and model.about["values"] == [2, 7]
+    assert segmented[1]["predicted_dsc"].between(0, 1).all()
+    names = [f"c{k}" for k in range(10)]
+    assert own.folds_of(names[:1], 1) == [()] and own.folds_of(names[:4], 1) == [("c0",), ("c1",), ("c2",), ("c3",)]
+    (held_out,) = own.folds_of(names, 1)
+    assert len(held_out) == 2
+
+
+def test_finished_cases_are_not_computed_again_and_lost_ones_come_back_the_same(segmented, monkeypatch):
+    folder, _ = segmented
+    settings = settings_for(folder, monkeypatch)
+    lost = folder / "out" / "case 3_mask.nii.gz"
+    before = np.asarray(nib.load(lost).dataobj)
+    lost.unlink()
+    applied = []
+    monkeypatch.setattr(own, "train", lambda *_: pytest.fail("it is trained"))
+    monkeypatch.setattr(own, "apply", lambda *a, apply=own.apply: applied.append(a[1]) or apply(*a))
+    own.segment_folder(settings)
+    assert applied == ["case 3"] and np.array_equal(np.asarray(nib.load(lost).dataobj), before)
+
+
+def test_a_bad_case_is_reported_and_the_others_are_segmented_by_the_given_model(segmented, tmp_path, monkeypatch):
+    folder = fill(tmp_path, cases=3, labelled=0)
+    (folder / "images" / "bad.nii.gz").write_bytes(b"no")
+    shutil.rmtree(folder / "masks")
+    model = str(segmented[0] / "out" / "model.safetensors")
+    table = own.segment_folder(settings_for(folder, monkeypatch, masks="", model=model)).set_index("case")
+    assert table.loc["bad", "status"] == "failed" and "cannot be read" in table.loc["bad", "error"]
+    assert table.loc["bad", "review"] and (table.drop("bad")["status"] == "done").all()
+    for k in range(3):
+        mine, theirs = (np.asarray(nib.load(f / "out" / f"case {k}_mask.nii.gz").dataobj) for f in (folder, segmented[0]))
+        assert np.array_equal(mine, theirs)
+
+
+def test_no_mask_at_all_and_a_second_run_in_the_same_folder_are_errors(tmp_path, monkeypatch):
+    folder = fill(tmp_path, cases=2, labelled=0)
+    with pytest.raises(DataError, match="has a mask"):
+        own.segment_folder(settings_for(folder, monkeypatch))
+    with own.FileLock(folder / "out" / ".lock"), pytest.raises(DataError, match="another run is at work"):
+        own.segment_folder(settings_for(folder, monkeypatch))
+
+
+def test_slices_are_chosen_by_mask_and_by_range(tmp_path):
+    store = Store(tmp_path, 4)
+    labels = np.zeros((5, 4, 4))
+    labels[3] = 1
+    store.add("a", "1", np.zeros((5, 4, 4)), labels)
+    store.add("b", "1", np.zeros((9, 4, 4)))
+    cases = [Case("a", None, "mask"), Case("b", None, None)]
+    chosen = lambda how: {name: found.tolist() for name, found in own.chosen_slices(params.Section(slices=how), store, cases).items()}
+    assert chosen("largest") == {"a": [3], "b": [6]}
+    assert chosen([2, 3]) == {"a": [2, 3], "b": [2, 3]} and chosen("all")["b"] == list(range(9))
+    with pytest.raises(DataError, match="folder.slices"):
+        chosen("some")
+    with pytest.raises(DataError, match="no slices from 7 to 8"):
+        chosen([7, 8])
