@@ -3,7 +3,8 @@
 Network A is the residual U-Net, network B a Swin-transformer U-Net. On unlabelled images each is taught by the other's
 most probable classes (*cross teaching*), and both by the labels of the best registered labelled volume (*registration
 supervision*, RSL). Features of both, projected to one space, are drawn to those of their class (*pixel contrast*) and
-to those of the anatomically corresponding pixel of the registered volume (*registration-enhanced positives*, REPS).
+to those of the anatomically corresponding pixel of the registered volume (*registration-enhanced positives*, REPS):
+here that of the best registered labelled volume, for the pixels of unlabelled images.
 """
 
 from typing import NamedTuple
@@ -19,13 +20,14 @@ from tqdm import tqdm
 from lib.augment import Affine, augment, draw_affine
 from lib.data import to_labels
 from lib.evaluation import dice
-from lib.experiment import CCTR, load_pretrained_registration, load_saved, resume, save_atomically
+from lib.experiment import load_pretrained_registration, load_saved, resume, save_atomically
 from lib.losses import gncc, soft_dice_loss
 from lib.mean_teacher import ramp_up
 from lib.models import ResidualUNet
-from lib.params import fingerprint, work_folder
+from lib.params import Section, fingerprint, work_folder
 from lib.refinement import Refined
 from lib.training import draw_indices, fit, save_network, sums_of, validation_dice, weights_digest
+from lib.versions import CCTR
 from lib.warping import pixel_grid, sample, warp
 
 SWIN_MULTIPLE = 32  # sides must divide by this
@@ -86,7 +88,6 @@ class Registered(NamedTuple):
 
     sources: torch.Tensor  # (n,) positions among the labelled images
     fields: torch.Tensor  # (n, 2, height, width) displacement fields
-    similarity: torch.Tensor  # (n,) GNCC after registration
 
     def masks(self, masks):
         """Masks of the labelled images, warped onto the unlabelled ones."""
@@ -128,7 +129,7 @@ def pixel_contrast(features, labels, confidence, classes, options, generator, co
     """The contrastive loss over the pixels of a batch.
 
     Anchors of a class are pixels that are given to it with high confidence; their positive key is their mean, their
-    negatives are confident pixels of other classes. With counterparts, those are second positives.
+    negatives are confident pixels of the other classes, of each as many. With counterparts, those are second positives.
 
     Args:
         features: ``(pixels, dimension)`` of unit length.
@@ -144,7 +145,9 @@ def pixel_contrast(features, labels, confidence, classes, options, generator, co
     losses, reps, present, matched = [], [], [], []
     for value in range(classes):
         index, valid = draw(confident & (labels == value), options.anchors, generator)
-        others, counted = draw(confident & (labels != value), options.negatives, generator)
+        drawn = [draw(confident & (labels == other), options.negatives // (classes - 1), generator)
+                 for other in range(classes) if other != value]
+        others, counted = (torch.cat(parts) for parts in zip(*drawn))
         anchors, negatives = features[index], features[others].detach()
         key = F.normalize(weighted_mean(anchors, valid).detach(), dim=0)
         exists = valid.any() & counted.any()
@@ -231,13 +234,12 @@ def register_labelled(experiment, network):
         total = torch.zeros(int(members.max()) + 1, device=similar.device).index_add(0, members, similar)
         mean = (total / torch.bincount(members))[members]
         if best is None:
-            best, chosen, fields, kept = mean, candidate.clone(), found, similar
+            best, chosen, fields = mean, candidate.clone(), found
             continue
         better = mean > best
         best, chosen = torch.where(better, mean, best), torch.where(better, candidate, chosen)
-        kept = torch.where(better, similar, kept)
         fields = torch.where(better[:, None, None, None], found, fields)
-    return Registered(chosen, fields, kept)
+    return Registered(chosen, fields)
 
 
 def stored_registration(experiment):
@@ -302,19 +304,19 @@ def taught_loss(logits, teacher):
     return soft_dice_loss(logits.softmax(1)[:, 1:], labels[:, 1:])
 
 
-def both_networks(experiment):
-    """CrossTeaching with the seed's initial weights, on the device."""
+def both_networks(experiment, **changes):
+    """CrossTeaching with the seed's initial weights, on the device; ``changes`` of section ``cctr``."""
     settings, data = experiment.settings, experiment.data
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         networks = CrossTeaching(len(experiment.cohort.classes), len(data.labelled), data.images.shape[-2:],
-                                 settings.cctr, settings.segmentation.normalisation)
+                                 Section({**settings.cctr, **changes}), settings.segmentation.normalisation)
     return experiment.numerics.place(networks)
 
 
 def load_cctr(experiment):
     """Both networks as ``train_cctr`` saved them."""
-    networks = both_networks(experiment)
+    networks = both_networks(experiment, reps=0)  # the bank is needed for training alone
     networks.load_state_dict(load_saved(experiment.model_file("cctr"), experiment.numerics.device)["network"])
     return networks
 
@@ -364,7 +366,7 @@ def train_cctr(experiment, registered):
             losses["rsl"] = sum(soft_dice_loss(logits[half:].softmax(1)[:, 1:], targets[half:])
                                 for logits in (first, second))
             weights["rsl"] = options.rsl * (1 - ramp * (1 - options.rsl_end))
-        if options.contrast:
+        if options.contrast or options.reps:
             counterparts = None
             if options.reps:
                 every = (slice(None), slice(None), slice(options.stride // 2, None, options.stride),
@@ -374,7 +376,9 @@ def train_cctr(experiment, registered):
                 there = F.pad(there, (0, 0, 0, 0, half, 0))  # labelled images have none
                 found = F.pad(found, (0, 0, 0, 0, 0, 0, half, 0))
                 counterparts = pixels(found).repeat(2, 1), there.flatten().repeat(2)
-                networks.bank.store(known, F.normalize(seen_first[:half] + seen_second[:half], dim=1), maps[:half])
+                once = slice(min(half, len(labelled)))  # then images repeat, and it would be undefined which one counts
+                seen = F.normalize(seen_first[once] + seen_second[once], dim=1)
+                networks.bank.store(known[once], seen, maps[once])
             described = [describe(logits, targets[:half], half, options.stride) for logits in (first, second)]
             features = torch.cat((pixels(seen_first), pixels(seen_second)))
             labels, confidence = (torch.cat(parts) for parts in zip(*described))
@@ -403,6 +407,7 @@ def train_cctr(experiment, registered):
         weight_decay=options.weight_decay, generator=numerics.generator(settings.seed, "cctr"), key=key, label="cctr",
         validate=lambda trained: validation_dice(experiment, trained), watch=watch,
     )
+    networks.bank = None
     save_network(experiment, "cctr", networks, found)
     return networks, found
 

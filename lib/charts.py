@@ -100,7 +100,7 @@ def score_boxes(per_image):
 def label_efficiency(table1):
     """DSC and HD against the number of labelled images, one column per recipe; bands are the range over seeds."""
     table = table1[(table1["class"] == "mean") & ~table1["cohort"].str.contains("unseen")]
-    recipes = [recipe for recipe in table["recipe"].unique() if (table["recipe"] == recipe).any() and recipe != "-"]
+    recipes = [recipe for recipe in table["recipe"].unique() if recipe != "-"]
     size = (5 * len(recipes), 7)
     figure, axes = plt.subplots(2, len(recipes), figsize=size, squeeze=False, sharey="row", sharex=True)
     for column, recipe in zip(axes.T, recipes):

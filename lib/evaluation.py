@@ -137,7 +137,7 @@ def predict(experiment, index):
             masks[number] = fuse(made, kept.get("weight", 0.5))
         for method, field in (("registration", "registration"), ("joint", "plain"), ("combined", "soft")):
             found[method + ending] = chosen[method], getattr(masks[chosen[method]], field), seconds
-    if experiment.model_file("cctr").exists():
+    if experiment.model_file("cctr").exists() and settings.recipe in settings.cctr.recipes:
         from lib.cctr import load_cctr  # MONAI's networks take seconds to import
 
         networks = load_cctr(experiment)
@@ -198,7 +198,11 @@ def evaluate_classical(experiment):
 
     cohort, data, settings = experiment.cohort, experiment.data, experiment.settings
     index = cohort.index("test")
-    index = index[np.unique(np.linspace(0, len(index) - 1, settings.classical.images).round().astype(int))]
+    whole = getattr(cohort, "volumes", np.arange(len(cohort.images)))[index]  # volumes are scored whole
+    names = whole[np.sort(np.unique(whole, return_index=True)[1])]
+    count = max(1, round(settings.classical.images * len(names) / len(index)))
+    names = names[np.unique(np.linspace(0, len(names) - 1, count).round().astype(int))]
+    index = index[np.isin(whole, names)]
     choice = experiment.draw_sources(data.as_index(index), min(settings.pseudo_masks.n, len(data.labelled)),
                                      experiment.numerics.generator(settings.seed, "classical"))
     array = lambda tensor: tensor.cpu().numpy()

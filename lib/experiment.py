@@ -14,15 +14,8 @@ from lib.data import Tensors, load_cohort
 from lib.models import MrRegNet, ResidualUNet
 from lib.params import fingerprint, work_folder
 from lib.selection import coverage_order
+from lib.versions import NUMERICS
 from lib.volumes import VolumeCohort
-
-# Names for the numbers that the code gives. Whoever changes the code so that the same settings give other numbers
-# changes the name as well, so that no checkpoint or finished item of the grid is taken for one of the new code;
-# tests/test_numerics.py fails where this was forgotten.
-NUMERICS = "d7fa566ff1753849"  # networks, losses, warping, augmentation, pseudo-masks and training
-MEAN_TEACHER = "4fd182be9f838728"
-JOINT_PLUS = "refinement"
-CCTR = "first"
 
 
 class Experiment:
@@ -74,13 +67,13 @@ class Experiment:
     def folder(self, stage):
         """Where a stage keeps its weights and curves. Registration needs no masks: it is the same at any rate."""
         settings = self.settings
-        rate = f"rate_{settings.rate:g}" + ("_by_coverage" if settings.coverage.choose else "")
-        at = [f"seed_{settings.seed}", *([] if stage == "registration" else [rate])]
-        own = [stage, settings.recipe] if stage == "registration" else [settings.recipe, stage]
-        if stage in ("joint_plus", "cctr") and settings.variant:
-            at.insert(0, "variants")
-            own.append(settings.variant)
-        return work_folder("models", settings.cohort, *at, *own)
+        if stage == "registration":
+            return work_folder("models", settings.cohort, f"seed_{settings.seed}", stage, settings.recipe)
+        variants = []
+        if settings.variant and (stage in ("joint_plus", "cctr") or settings.coverage.choose):
+            variants = ["variants", settings.variant]
+        return work_folder("models", settings.cohort, *variants, f"seed_{settings.seed}", f"rate_{settings.rate:g}",
+                           settings.recipe, stage)
 
     def model_file(self, stage, number=None):
         """Where the weights of a stage (of joint round ``number``) lie."""

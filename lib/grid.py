@@ -5,6 +5,7 @@ results of other settings or code. A killed run started again goes on with the i
 steps, that are missing; an item that fails is reported and does not stop the others.
 """
 
+import csv
 import itertools
 import json
 import os
@@ -16,9 +17,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib import params
-# What a variant may change, and the notebook that has to run again.
-VARIED = {"coverage": "02_pretrain_segmentation", "joint_plus": "06_joint_plus", "cctr": "07_cctr"}
+from lib import params, versions
+# What a variant may change, and the notebook that shows it.
+VARIED = {"coverage": "06_joint_plus", "joint_plus": "06_joint_plus", "cctr": "07_cctr"}
 
 
 class Item(NamedTuple):
@@ -53,13 +54,14 @@ def groups_of(settings):
 
 
 def notebooks_of(item, settings):
-    """The notebooks that make an item, in order. At 100 % there is nothing unlabelled: fs is all there is."""
+    """The notebooks that make an item, in order. At 100 % there is nothing unlabelled: fs is all there is.
+
+    A variant begins with the pre-training that it shares with the others: what has been trained before is only loaded.
+    """
     if item.variant:
         own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
-        changed = [notebook for section, notebook in VARIED.items() if own[section] != settings[section]]
-        if "02_pretrain_segmentation" in changed:  # other images are labelled
-            changed.append("06_joint_plus")
-        return [*changed, "08_evaluation"]
+        changed = {notebook for section, notebook in VARIED.items() if own[section] != settings[section]}
+        return ["03_pretrain_registration", "02_pretrain_segmentation", *sorted(changed), "08_evaluation"]
     if item.rate == 100:
         return ["02_pretrain_segmentation", "08_evaluation"]
     plus = ["06_joint_plus"] if item.recipe == settings.recipe else []
@@ -74,24 +76,48 @@ def folder_of(item, settings):
 
 
 def key_of(item, settings):
-    """Fingerprint of everything that the item's results depend on."""
-    from lib.experiment import CCTR, JOINT_PLUS, MEAN_TEACHER, NUMERICS  # not above: an empty grid needs no torch
-
+    """Fingerprint of everything that the item's results depend on: settings, split and the code's names."""
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
     ran = set(notebooks_of(item, settings))
-    unused = {"joint_plus": "06_joint_plus", "cctr": "07_cctr"}
-    others = {"grid", "baseline", *(section for section, notebook in unused.items() if notebook not in ran),
+    unused = {"joint_plus": {"06_joint_plus", "07_cctr"}, "cctr": {"07_cctr"}}
+    others = {"grid", "baseline", *(section for section, notebooks in unused.items() if not notebooks & ran),
               *params.CHOICES["cohort"]} - {settings.cohort}
     relevant = {key: value for key, value in own.items() if key not in others}
-    names = [NUMERICS, MEAN_TEACHER, *([JOINT_PLUS] if "06_joint_plus" in ran else []),
-             *([CCTR] if "07_cctr" in ran else [])]
-    return params.fingerprint(relevant, *names)
+    return params.fingerprint(relevant, split_of(settings), versions.NUMERICS, versions.MEAN_TEACHER,
+                              versions.EVALUATION, "06_joint_plus" in ran and versions.JOINT_PLUS,
+                              "07_cctr" in ran and versions.CCTR)
+
+
+def split_of(settings):
+    """Digest of which slice of which subject is in which split; None before the cohort has been made."""
+    file = params.output_root() / "results" / settings.cohort / "split.csv"
+    if not file.exists():
+        return None
+    with open(file, newline="") as stream:
+        rows = [(row["slice"], row["subject"], row["split"]) for row in csv.DictReader(stream)]
+    return params.fingerprint(rows)
 
 
 def is_done(item, settings):
     """Whether the item's results are there, from these settings and this code."""
-    marker = folder_of(item, settings) / "fingerprint"
-    return marker.exists() and marker.read_text().strip() == key_of(item, settings)
+    marker = folder_of(item, settings) / "item.json"
+    return marker.exists() and json.loads(marker.read_text())["key"] == key_of(item, settings)
+
+
+def finished(settings):
+    """Folders of all items whose results are of these settings and this code; the others are named and left out."""
+    found = []
+    for marker in sorted((params.output_root() / "results" / "grid" / settings.cohort).glob("*/item.json")):
+        saved = json.loads(marker.read_text())
+        try:
+            done = saved.pop("key") == key_of(Item(**saved), settings)
+        except ValueError:  # a variant that params.yaml no longer has
+            done = False
+        if done:
+            found.append(marker.parent)
+        else:
+            print(f"{marker.parent} is of other settings or code: left out, run the grid again")
+    return found
 
 
 def run(item, settings, threads):
@@ -116,7 +142,7 @@ def run(item, settings, threads):
         done = subprocess.run(command, env=environment, cwd=params.ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{item.name}: {executed} failed\n{done.stderr[-2000:]}")
-    (folder / "fingerprint").write_text(key + "\n")
+    (folder / "item.json").write_text(json.dumps({**item._asdict(), "key": key}) + "\n")
 
 
 def main():

@@ -18,7 +18,7 @@ import torch
 
 from lib.augment import augment
 from lib.evaluation import dice
-from lib.experiment import JOINT_PLUS, load_pretrained, save_cost
+from lib.experiment import load_pretrained, save_cost
 from lib.losses import soft_dice_loss
 from lib.mean_teacher import MeanTeacher
 from lib.params import fingerprint
@@ -26,6 +26,7 @@ from lib.pseudo_masks import fuse
 from lib.refinement import refined
 from lib.rounds import Rounds, measure, save_round
 from lib.training import draw_indices, fit, steps_of, sums_of, train_registration, validation_dice, weights_digest
+from lib.versions import JOINT_PLUS
 from lib.warping import warp
 
 WEIGHTS = torch.linspace(0, 1, 21)

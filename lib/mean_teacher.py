@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from lib.augment import augment
-from lib.experiment import MEAN_TEACHER
 from lib.losses import soft_dice_loss
 from lib.params import fingerprint
 from lib.training import draw_indices, fit, save_network, steps_of, sums_of, validation_dice, weights_digest
+from lib.versions import MEAN_TEACHER
 
 
 class MeanTeacher(nn.Module):

@@ -88,6 +88,8 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
     for key, allowed in CHOICES.items():
         if tree[key] not in allowed:
             raise ValueError(f"{key} '{tree[key]}' in params.yaml is not one of {', '.join(allowed)}")
+    if tree.rate == 100 and rate is None:
+        raise ValueError("rate 100 in params.yaml leaves nothing unlabelled: put it under grid.rates, where fs alone runs")
     if not 0 < tree.rate <= 100:
         raise ValueError(f"rate {tree.rate} in params.yaml is not a percentage between 0 and 100")
     for name, budget in tree.pop("scales")[tree.scale].items():

@@ -130,6 +130,9 @@ def cases(experiment, masks, per_image):
         for ax, (name, position) in zip(column, (("best", -1), ("median", len(rows) // 2), ("worst", 0))):
             row = rows.iloc[position]
             at = int(np.flatnonzero(index == row["slice"])[0])
+            if hasattr(experiment.cohort, "volumes"):  # rows are of whole volumes: show the middle slice
+                same = np.flatnonzero(experiment.cohort.volumes[index] == experiment.cohort.volumes[row["slice"]])
+                at = int(same[len(same) // 2])
             truth = experiment.data.masks[index[at]]
             title = f"{method}, {name}\nDSC {row['dsc']:.3f}, HD {row['hd']:.1f}"
             draw(ax, experiment.data.images[index[at]], truth, title)

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from lib import DataError, calibration, statistics
-from lib.params import RECIPES, output_root, results_folder
+from lib import DataError, calibration, grid, statistics
+from lib.params import RECIPES, results_folder
 
 METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "joint+", "combined+", "cctr", "cctr-b",
            "classical")
@@ -37,9 +37,7 @@ PUBLISHED = {"ACDC": {3: {"PS-MT": 0.8694, "BCP": 0.8759, "UniMatch": 0.8761}}}
 
 def folders(settings):
     """Where results of single experiments lie: those of the grid, then the pipeline's own, which take precedence."""
-    grid = output_root() / "results" / "grid" / settings.cohort
-    finished = [file.parent for file in grid.glob("*/fingerprint")]
-    return [*sorted(finished), *sorted((results_folder(settings) / "items").glob("*/"))]
+    return [*grid.finished(settings), results_folder(settings) / "items" / f"{settings.rate:g}-seed_{settings.seed}"]
 
 
 def collect(settings):

@@ -36,11 +36,12 @@ def test_everything_labelled_leaves_only_fs(settings):
     assert "06_joint_plus" in grid.notebooks_of(grid.Item("strong", 10, 1), settings)
 
 
-def test_variants_share_the_pretraining_unless_they_label_other_images(settings):
+def test_variants_begin_with_the_pretraining_that_they_share(settings):
     variant = lambda name: grid.notebooks_of(grid.Item("strong", 1, 1, name), settings)
-    assert variant("no pairs") == ["06_joint_plus", "08_evaluation"]
-    assert variant("labelled by coverage") == ["02_pretrain_segmentation", "06_joint_plus", "08_evaluation"]
-    assert variant("cross teaching alone") == ["07_cctr", "08_evaluation"]
+    shared = ["03_pretrain_registration", "02_pretrain_segmentation"]
+    assert variant("no pairs") == [*shared, "06_joint_plus", "08_evaluation"]
+    assert variant("labelled by coverage") == [*shared, "06_joint_plus", "08_evaluation"]
+    assert variant("cross teaching alone") == [*shared, "07_cctr", "08_evaluation"]
 
 
 def test_settings_of_other_methods_and_cohorts_do_not_repeat_an_item(settings):
@@ -93,16 +94,25 @@ def result(folder, seed, dsc):
            "subject": "007", "slice": 3, "class": "x", "dsc": dsc}
     for name in ("per_image", "reliability", "rounds"):
         pd.DataFrame([row]).to_csv(folder / f"{name}.csv", index=False)
-    (folder / "fingerprint").write_text("made up\n")
 
 
-def test_the_pipelines_own_results_take_precedence_over_the_grids(settings, tmp_path):
+def finish(folder, item, settings):
+    (folder / "item.json").write_text(json.dumps({**item._asdict(), "key": grid.key_of(item, settings)}))
+
+
+def test_the_pipelines_own_results_take_precedence_over_the_grids(settings, tmp_path, monkeypatch, capsys):
     grid_folder = tmp_path / "results" / "grid" / settings.cohort
     result(grid_folder / "strong-1-seed_1", 1, 0.5)
     result(grid_folder / "strong-1-seed_2", 2, 0.6)
     result(tmp_path / "results" / settings.cohort / "items" / "1-seed_1", 1, 0.9)
+    finish(grid_folder / "strong-1-seed_1", grid.Item("strong", 1, 1), settings)
+    finish(grid_folder / "strong-1-seed_2", grid.Item("strong", 1, 2), settings)
     per_image, _, _ = tables.collect(settings)
     assert per_image.set_index("seed")["dsc"].to_dict() == {1: 0.9, 2: 0.6}
     assert per_image["subject"].tolist() == ["007", "007"]
-    (grid_folder / "strong-1-seed_2" / "fingerprint").unlink()  # it has not finished
+    with monkeypatch.context() as patch:
+        patch.setenv("JOINT_SET", "scale=smoke,pseudo_masks.n=7")  # these would not come out of such settings
+        assert tables.collect(params.load())[0]["seed"].tolist() == [1]
+    assert "of other settings or code" in capsys.readouterr().out
+    (grid_folder / "strong-1-seed_2" / "item.json").unlink()  # it has not finished
     assert tables.collect(settings)[0]["seed"].tolist() == [1]

@@ -1,8 +1,8 @@
-"""The numbers that the names in lib.experiment stand for: where these fail, change the names and the numbers."""
+"""The numbers that the names in lib.versions stand for: where these fail, change the names and the numbers."""
 
 import pytest
 
-from lib import experiment, joint_plus, mean_teacher, params, rounds, training
+from lib import experiment, joint_plus, mean_teacher, params, rounds, training, versions
 from test_training import made_up_cohort
 
 # Of every stage the loss of the first step and the mean over all; of joint stages also the DSC of both networks on
@@ -44,6 +44,6 @@ def test_the_same_settings_give_the_numbers_that_the_names_stand_for(recipe, tmp
         measured, history = train(trial)
         last = measured.iloc[-1]
         found[stage] = [*summary(history), last["dsc_segmentation"], last["dsc_registration"]]
-    names = f"{experiment.NUMERICS}/{experiment.MEAN_TEACHER}/{experiment.JOINT_PLUS}"
+    names = f"{versions.NUMERICS}/{versions.MEAN_TEACHER}/{versions.JOINT_PLUS}"
     for stage, numbers in KNOWN[names][recipe].items():
         assert found[stage] == pytest.approx(numbers, rel=1e-2), stage
