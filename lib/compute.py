@@ -1,10 +1,14 @@
 """Where and how tensors are computed: device, precision, memory layout, allocator, random draws."""
 
+import copy
 import ctypes
 import hashlib
 from contextlib import nullcontext
 
 import torch
+from tqdm import tqdm
+
+from lib import DataError
 
 
 def best_device(name="auto"):
@@ -40,6 +44,7 @@ class Numerics:
         if precision not in ("bfloat16", "float32"):
             raise ValueError(f"precision '{precision}' is not one of auto, bfloat16, float32")
         self.precision = precision
+        self.share = 1.0  # of the memory that is usually there
         self.memory_format = torch.channels_last
         keep_heap()
 
@@ -68,11 +73,40 @@ class Numerics:
     def batch(self, images):
         """How many images a network sees at once without gradients: what fits the cache, or the GPU's memory."""
         pixels = 2**18 if self.device.type == "cpu" else 2**24
-        return max(1, pixels // (images.shape[-1] * images.shape[-2]))
+        return max(1, int(self.share * pixels) // (images.shape[-1] * images.shape[-2]))
+
+    def sharing(self, share):
+        """The same, for a share of the memory."""
+        other = copy.copy(self)
+        other.share = share
+        return other
 
     def generator(self, *names):
         """A generator on the device, seeded by ``names`` (numbers and words), for all draws of one piece of work."""
         return torch.Generator(self.device).manual_seed(seed_of(*names))
+
+
+def with_less_memory(work, what):
+    """``work(divisor)`` with the divisor of the batches at 1; where memory does not suffice at 2, 4 and 8.
+
+    Args:
+        work: function of the divisor.
+        what: it is, in words.
+
+    Raises:
+        DataError: it does not suffice then either.
+    """
+    for divisor in (1, 2, 4, 8):
+        try:
+            return work(divisor)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former, on the CPU it has no name
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+                raise
+            tqdm.write(f"{what}: out of memory with batches of 1/{divisor}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    raise DataError(f"{what}: out of memory even with an eighth of the batch: lower folder.size or the numbers of slices "
+                    "(folder.labelled, folder.unlabelled), or close other programs")
 
 
 def seed_of(*names):

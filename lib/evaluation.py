@@ -38,12 +38,13 @@ def dice(prediction, truth):
     return torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0)
 
 
-def hausdorff(prediction, truth, percentile=None):
-    """Hausdorff distance in pixels per image and class, of hardened masks.
+def hausdorff(prediction, truth, percentile=None, spacing=None):
+    """Hausdorff distance per image and class, of hardened masks, in pixels or in the units of ``spacing``.
 
     Args:
         prediction, truth: ``(batch, classes, height, width)`` in [0, 1], or volumes with a third axis.
         percentile: 95 for HD95; None for the maximum.
+        spacing: between pixels along every axis; None for 1.
 
     Returns:
         ``(batch, classes)``; 0 where both masks are empty, the image's diagonal where one is.
@@ -53,33 +54,35 @@ def hausdorff(prediction, truth, percentile=None):
     prediction, truth = harden(prediction).cpu(), harden(truth).cpu()
     filled = prediction.flatten(2).any(2), truth.flatten(2).any(2)
     distance = torch.zeros(filled[0].shape, dtype=torch.float64)
-    distance[filled[0] != filled[1]] = math.hypot(*(side - 1 for side in truth.shape[2:]))
+    sides = zip(truth.shape[2:], spacing or [1] * (truth.ndim - 2))
+    distance[filled[0] != filled[1]] = math.hypot(*((side - 1) * unit for side, unit in sides))
     both = filled[0] & filled[1]
     images = both.any(dim=1)
     if images.any():
         scores = compute_hausdorff_distance(
-            prediction[images], truth[images], include_background=True, percentile=percentile
+            prediction[images], truth[images], include_background=True, percentile=percentile, spacing=spacing
         ).to(distance)
         distance[images] = torch.where(both[images], scores, distance[images])
     return distance
 
 
-def score(prediction, truth, classes):
+def score(prediction, truth, classes, spacing=None):
     """Scores of every image and class.
 
     Args:
         prediction, truth: ``(images, classes, height, width)``, or volumes with a third axis.
         classes: their names.
+        spacing: see ``hausdorff``.
 
     Returns:
-        pandas.DataFrame: image (position), class, dsc, hd, hd95 in pixels, and empty, which says that exactly one
+        pandas.DataFrame: image (position), class, dsc, hd, hd95 in pixels or the units of ``spacing``, and empty, which says that exactly one
         of the two masks has no pixel.
     """
     empty = harden(prediction).flatten(2).any(2) != harden(truth).flatten(2).any(2)
     columns = {
         "dsc": dice(prediction, truth),
-        "hd": hausdorff(prediction, truth),
-        "hd95": hausdorff(prediction, truth, percentile=95),
+        "hd": hausdorff(prediction, truth, spacing=spacing),
+        "hd95": hausdorff(prediction, truth, percentile=95, spacing=spacing),
         "empty": empty,
     }
     rows = {name: values.cpu().numpy().ravel() for name, values in columns.items()}

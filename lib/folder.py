@@ -40,6 +40,12 @@ class Grid(NamedTuple):
         sizes = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))[np.argsort(self.orientation[:, 0])]
         return tuple(float(size) for size in (sizes[self.axis], *np.delete(sizes, self.axis)))
 
+    @property
+    def slices(self):
+        """Shape (slices, rows, columns) in canonical orientation."""
+        sides = np.array((*self.shape, 1, 1)[:3])[np.argsort(self.orientation[:, 0])]
+        return tuple(int(side) for side in (sides[self.axis], *np.delete(sides, self.axis)))
+
     def image(self, slices):
         """Slices ``(slices, rows, columns)`` as an image with exactly the stored shape, affine and orientation."""
         canonical = np.moveaxis(slices, 0, self.axis)
@@ -128,22 +134,8 @@ def check_gzip(file, most):
                 raise ValueError("there is more in it than its header declares")
 
 
-def read_scan(file, axis=2):
-    """The slices of an image or a mask, in canonical (RAS) orientation.
-
-    Args:
-        file: NIfTI, 2D or 3D.
-        axis: along which slices are taken: 0 left to right, 1 posterior to anterior, 2 inferior to superior. Where an
-            image has one slice only, along that axis.
-
-    Returns:
-        (``(slices, rows, columns)`` float32, Grid).
-
-    Raises:
-        DataError: the file is missing, empty, truncated or not NIfTI; declares more than it can hold; is 4D, in
-            colour or complex; has no voxels; has an affine that cannot be inverted.
-    """
-    file = Path(file)
+def open_scan(file, axis):
+    """A file's header, checked, and its grid; no voxel is read yet."""
     try:
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty: export or download it again")
@@ -163,22 +155,51 @@ def read_scan(file, axis=2):
         raise DataError(f"{file} has the shape {shape}: there is nothing in it, leave it out")
     if any(side > 1 for side in shape[3:]):
         raise DataError(f"{file} has {len(shape)} dimensions {shape}: give every volume as a file of its own")
-    declared = int(np.prod(shape, dtype=object)) * kind.itemsize
-    if declared > GZIP * file.stat().st_size:
-        raise DataError(f"{file} declares {declared / 1e9:.1f} GB but has {file.stat().st_size} bytes: export it again")
     if not np.isfinite(stored.affine).all() or abs(np.linalg.det(stored.affine[:3, :3])) < 1e-12:
         raise DataError(f"{file} has an affine that cannot be inverted: export it again, with its orientation")
+    orientation = nib.io_orientation(stored.affine)
+    if np.isnan(orientation).any():
+        raise DataError(f"{file} has an affine that leaves out an axis: export it again, with its orientation")
+    sides = np.array((*shape, 1, 1)[:3])[np.argsort(orientation[:, 0])]
+    single = np.flatnonzero(sides == 1)
+    axis = int(single[0]) if len(single) == 1 else axis
+    return stored, Grid(type(stored), stored.header, stored.affine, shape, orientation, axis)
+
+
+def read_grid(file, axis=2):
+    """The Grid of an image or a mask alone; arguments and errors as ``read_scan`` has them."""
+    return open_scan(Path(file), axis)[1]
+
+
+def read_scan(file, axis=2):
+    """The slices of an image or a mask, in canonical (RAS) orientation.
+
+    Args:
+        file: NIfTI, 2D or 3D.
+        axis: along which slices are taken: 0 left to right, 1 posterior to anterior, 2 inferior to superior. Where an
+            image has one slice only, along that axis.
+
+    Returns:
+        (``(slices, rows, columns)`` float32, Grid).
+
+    Raises:
+        DataError: the file is missing, empty, truncated or not NIfTI; declares more than it can hold; is 4D, in
+            colour or complex; has no voxels; has an affine that cannot be inverted.
+    """
+    file = Path(file)
+    stored, grid = open_scan(file, axis)
+    declared = int(np.prod(grid.shape, dtype=object)) * stored.get_data_dtype().itemsize
+    if declared > GZIP * file.stat().st_size:
+        raise DataError(f"{file} declares {declared / 1e9:.1f} GB but has {file.stat().st_size} bytes: export it again")
     try:
         values = np.asarray(stored.dataobj, dtype=np.float32)
         check_gzip(file, declared + stored.dataobj.offset)
+    except MemoryError:
+        raise
     except Exception as error:  # as above
         raise DataError(f"{file} cannot be read as NIfTI ({error}): export or download it again") from error
-    orientation = nib.io_orientation(stored.affine)
-    canonical = nib.apply_orientation(values.reshape((*shape, 1, 1)[:3]), orientation)
-    single = [k for k, side in enumerate(canonical.shape) if side == 1]
-    axis = single[0] if len(single) == 1 else axis
-    grid = Grid(type(stored), stored.header, stored.affine, shape, orientation, axis)
-    return np.moveaxis(canonical, axis, 0), grid
+    canonical = nib.apply_orientation(values.reshape((*grid.shape, 1, 1)[:3]), grid.orientation)
+    return np.moveaxis(canonical, grid.axis, 0), grid
 
 
 def read_case(case, axis=2, values=None):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from lib import DataError
 from lib.models import ResidualUNet
+from lib.params import fingerprint
 
 FORMAT = "joint segmentation and registration"
 VERSION = 1
@@ -30,6 +31,12 @@ class Model(NamedTuple):
     def to(self, numerics):
         """The model on a device."""
         return self._replace(networks=[numerics.place(network) for network in self.networks])
+
+    @property
+    def key(self):
+        """Fingerprint of the weights and of how they are applied."""
+        sums = [float(value.double().sum()) for network in self.networks for value in network.state_dict().values()]
+        return fingerprint({name: self.about[name] for name in REQUIRED}, sums)
 
 
 REQUIRED = {"classes": list, "values": list, "size": int, "axis": int, "normalisation": str, "pseudo_masks": dict,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -56,7 +57,7 @@ def merge(base, changes, where="params.yaml", new_keys=False):
     return merged
 
 
-def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
+def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=()):
     """The settings of params.yaml, resolved.
 
     Args:
@@ -64,6 +65,7 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
         cohort: one of CHOICES; None for the one that the file names.
         rate, seed: None for those that the file names.
         variant: one of the file's ``variants``; None for the settings as they stand.
+        changes: ``key=value`` or ``section.key=value``, each for one value of the file.
 
     The environment variable ``JOINT_SET`` (``key=value,section.key=value``) overrides single values and
     ``JOINT_OUTPUT`` names a folder for all outputs instead of the repository: the tests use both.
@@ -76,7 +78,9 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None):
         ValueError: an unknown cohort, recipe, scale, variant or setting.
     """
     tree = section(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
-    for assignment in filter(None, os.environ.get("JOINT_SET", "").split(",")):
+    for assignment in [*filter(None, os.environ.get("JOINT_SET", "").split(",")), *changes]:
+        if "=" not in assignment:
+            raise ValueError(f"'{assignment}' does not set anything: write key=value")
         *path, key = assignment.split("=", 1)[0].split(".")
         value = parse(assignment.split("=", 1)[1])
         nested = {key: value}
@@ -118,6 +122,19 @@ def fingerprint(*parts):
 def output_root():
     """The folder under which work/ and results/ lie: the repository, unless JOINT_OUTPUT names another."""
     return Path(os.environ.get("JOINT_OUTPUT", ROOT))
+
+
+@contextmanager
+def outputs_under(folder):
+    """Context in which ``output_root`` is ``folder``."""
+    before = os.environ.get("JOINT_OUTPUT")
+    os.environ["JOINT_OUTPUT"] = str(Path(folder).resolve())
+    try:
+        yield
+    finally:
+        os.environ.pop("JOINT_OUTPUT")
+        if before is not None:
+            os.environ["JOINT_OUTPUT"] = before
 
 
 def work_folder(*names):

@@ -25,24 +25,23 @@ class Store:
         self.size = size
         self.folder.mkdir(parents=True, exist_ok=True)
         self.index = {}
-        file = self.folder / "index.jsonl"
-        if file.exists():
-            lines = file.read_text().splitlines()
-            for number, line in enumerate(lines):
-                try:
-                    entry = json.loads(line)
-                except ValueError as error:
-                    if number + 1 == len(lines):  # cut short by a crash: what it would have named is written again
-                        file.write_text("".join(f"{line}\n" for line in lines[:-1]))
-                        break
-                    raise DataError(f"{file} is not the index of a store ({error}): delete {self.folder}") from error
-                if entry["size"] != size:
-                    raise DataError(f"{self.folder} holds slices of {entry['size']} pixels, not {size}: delete it")
-                self.index[entry["name"]] = entry
+        for entry in read_lines(self.folder / "index.jsonl"):
+            if entry["size"] != size:
+                raise DataError(f"{self.folder} holds slices of {entry['size']} pixels, not {size}: delete it")
+            self.index[entry["name"]] = entry
 
     def has(self, name, fingerprint):
         """Whether the case is there, made from what ``fingerprint`` stands for."""
-        return name in self.index and self.index[name]["fingerprint"] == fingerprint
+        entry = self.index.get(name)
+        return entry is not None and entry["fingerprint"] == fingerprint and self._is_whole(entry)
+
+    def _is_whole(self, entry):
+        """Whether the files reach as far as the index says: another program may have cut or removed them."""
+        for file, start, width in (("images.bin", entry["image"], 2), ("labels.bin", entry["labels"], 1)):
+            end = 0 if start is None else start + width * entry["count"] * self.size**2
+            if end and (not (self.folder / file).exists() or (self.folder / file).stat().st_size < end):
+                return False
+        return True
 
     def add(self, name, fingerprint, slices, labels=None):
         """Write a case.
@@ -57,10 +56,7 @@ class Store:
         entry = {"name": name, "fingerprint": fingerprint, "size": self.size, "count": len(slices),
                  "image": self._append("images.bin", slices.astype(np.float16)),
                  "labels": None if labels is None else self._append("labels.bin", labels.astype(np.uint8))}
-        with open(self.folder / "index.jsonl", "a") as stream:
-            stream.write(json.dumps(entry) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_line(entry, self.folder / "index.jsonl")
         self.index[name] = entry
 
     def _append(self, name, array):
@@ -88,3 +84,40 @@ class Store:
         entry = self.index[name]
         shape = (entry["count"], self.size, self.size)
         return np.memmap(self.folder / file, kind, "r", entry[key], shape)
+
+
+def append_line(entry, file):
+    """Append a dictionary to a file of one JSON text a line, for good."""
+    with open(file, "a") as stream:
+        start = stream.tell()
+        try:
+            stream.write(json.dumps(entry) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(start)  # what the full disk took of it
+            raise
+
+
+def read_lines(file):
+    """The dictionaries that ``append_line`` wrote, as a list; a last line that a crash cut short is removed.
+
+    Raises:
+        DataError: it is another file.
+    """
+    entries, end = [], 0
+    if not file.exists():
+        return entries
+    for line in (content := file.read_bytes()).splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+            if not line.endswith(b"\n") or not isinstance(entry, dict):
+                raise ValueError("not a line of its own")
+        except ValueError as error:
+            if end + len(line) < len(content):
+                raise DataError(f"{file} is damaged ({error}): delete {file.parent}") from error
+            os.truncate(file, end)
+            break
+        entries.append(entry)
+        end += len(line)
+    return entries

@@ -7,6 +7,7 @@ import pytest
 
 from lib import DataError, own, params
 from lib.folder import Case
+from lib.intake import chosen_slices, folds_of
 from lib.store import Store
 
 
@@ -32,9 +33,8 @@ def fill(folder, cases=6, labelled=2, slices=3):
 
 
 def settings_for(folder, monkeypatch, **changes):
-    monkeypatch.setenv("JOINT_OUTPUT", str(folder / "out"))
-    monkeypatch.setenv("JOINT_SET", "scale=smoke,cohort=folder")
-    settings = params.load("strong")
+    monkeypatch.setenv("JOINT_SET", "scale=smoke")
+    settings = params.load("strong", "folder")
     settings.segmentation |= {"epochs": 200, "max_steps": 80}
     settings.pseudo_masks |= {"n": 2}
     settings.folder |= {"images": str(folder / "images"), "masks": str(folder / "masks"),
@@ -75,8 +75,8 @@ def test_fewer_than_five_labelled_cases_are_left_out_in_turn(segmented):
     assert len(model.networks) == 2 and len(model.about["calibration"]) == 2 and model.about["values"] == [2, 7]
     assert segmented[1]["predicted_dsc"].between(0, 1).all()
     names = [f"c{k}" for k in range(10)]
-    assert own.folds_of(names[:1], 1) == [()] and own.folds_of(names[:4], 1) == [("c0",), ("c1",), ("c2",), ("c3",)]
-    (held_out,) = own.folds_of(names, 1)
+    assert folds_of(names[:1], 1) == [()] and folds_of(names[:4], 1) == [("c0",), ("c1",), ("c2",), ("c3",)]
+    (held_out,) = folds_of(names, 1)
     assert len(held_out) == 2
 
 
@@ -99,7 +99,7 @@ def test_a_bad_case_is_reported_and_the_others_are_segmented_by_the_given_model(
     shutil.rmtree(folder / "masks")
     model = str(segmented[0] / "out" / "model.safetensors")
     table = own.segment_folder(settings_for(folder, monkeypatch, masks="", model=model)).set_index("case")
-    assert table.loc["bad", "status"] == "failed" and "cannot be read" in table.loc["bad", "error"]
+    assert table.loc["bad", "status"] == "failed" and "cannot be read" in table.loc["bad", "note"]
     assert table.loc["bad", "review"] and (table.drop("bad")["status"] == "done").all()
     for k in range(3):
         mine, theirs = (np.asarray(nib.load(f / "out" / f"case {k}_mask.nii.gz").dataobj) for f in (folder, segmented[0]))
@@ -121,7 +121,7 @@ def test_slices_are_chosen_by_mask_and_by_range(tmp_path):
     store.add("a", "1", np.zeros((5, 4, 4)), labels)
     store.add("b", "1", np.zeros((9, 4, 4)))
     cases = [Case("a", None, "mask"), Case("b", None, None)]
-    chosen = lambda how: {name: found.tolist() for name, found in own.chosen_slices(params.Section(slices=how), store, cases).items()}
+    chosen = lambda how: {name: found.tolist() for name, found in chosen_slices(params.Section(slices=how), store, cases).items()}
     assert chosen("largest") == {"a": [3], "b": [6]}
     assert chosen([2, 3]) == {"a": [2, 3], "b": [2, 3]} and chosen("all")["b"] == list(range(9))
     with pytest.raises(DataError, match="folder.slices"):

@@ -63,5 +63,5 @@ def test_other_stores_are_refused(tmp_path):
     with pytest.raises(DataError, match="slices of 8 pixels, not 16"):
         store.Store(tmp_path, 16)
     (tmp_path / "index.jsonl").write_text("what?\n{}\n")
-    with pytest.raises(DataError, match="not the index"):
+    with pytest.raises(DataError, match="is damaged"):
         store.Store(tmp_path, 8)

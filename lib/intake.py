@@ -1,0 +1,154 @@
+"""A folder of scans as a cohort: which cases can be used, which of their slices, and which are held out."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from lib import DataError
+from lib.folder import find_cases, read_case
+from lib.params import fingerprint
+from lib.volumes import OwnCohort, fit_to, scaled
+
+LEAVE_ONE_OUT = 5  # below so many labelled cases each is left out once
+
+
+class Intake(NamedTuple):
+    """What a folder holds."""
+
+    cases: list  # folder.Case, those that could be read
+    failures: dict  # name of the others to what is wrong
+    notes: dict  # name to what is odd about a case, but no failure
+    values: list  # label values of the masks, background left out
+
+    @property
+    def labelled(self):
+        return [case for case in self.cases if case.mask]
+
+
+def digest(file):
+    """sha256 of a file's bytes."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def prints_of(case, settings):
+    """Fingerprint of what a case's slices in the store are made from."""
+    files = [case.image, case.mask] if case.mask else [case.image]
+    return fingerprint([digest(file) for file in files], settings.axis, settings.size, settings.labels)
+
+
+def take_in(settings, store):
+    """Read every case of a folder into the store; one that cannot be read is reported and does not stop the others.
+
+    Args:
+        settings: section ``folder`` of params.yaml.
+        store: store.Store of slices of ``settings.size``.
+
+    Returns:
+        Intake.
+
+    Raises:
+        DataError: the folder itself cannot be used, see folder.find_cases.
+    """
+    cases, failures, notes, values = [], {}, {}, set()
+    allowed = {0, *settings.labels} if settings.labels else None
+    for case in tqdm(find_cases(settings.images, settings.masks or None, settings.pattern), desc="reading", unit="case"):
+        try:
+            key = prints_of(case, settings)
+            if not store.has(case.name, key):
+                image, labels, _ = read_case(case, settings.axis, allowed)
+                small = None if labels is None else fit_to(labels, settings.size, "nearest")
+                store.add(case.name, key, fit_to(scaled(image), settings.size, "bilinear"), small)
+            if case.mask:
+                found = set(np.unique(store.labels(case.name)).tolist()) - {0}
+                if not found:
+                    notes[case.name] = f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
+                values |= found
+            cases.append(case)
+        except (DataError, OSError) as error:
+            failures[case.name] = str(error)
+        except MemoryError:
+            failures[case.name] = f"{case.image} does not fit into memory: crop it, or split it into several files"
+    return Intake(cases, failures, notes, sorted(values))
+
+
+def chosen_slices(settings, store, cases):
+    """Which slices of every case are used: dictionary of name to positions."""
+    if settings.slices == "all":
+        return {case.name: np.arange(len(store.images(case.name))) for case in cases}
+    if settings.slices == "largest":
+        marked = {case.name: (store.labels(case.name) > 0).sum(axis=(1, 2)) for case in cases if case.mask}
+        largest = {name: int(area.argmax()) for name, area in marked.items()}
+        height = np.mean([place / max(1, len(marked[name]) - 1) for name, place in largest.items()]) if largest else 0.5
+        return {case.name: np.array([largest.get(case.name, round(height * (len(store.images(case.name)) - 1)))])
+                for case in cases}
+    try:
+        first, last = map(int, settings.slices)
+    except (TypeError, ValueError):
+        raise DataError(f"folder.slices is '{settings.slices}', not all, largest or two numbers [first, last]") from None
+    found = {case.name: np.arange(len(store.images(case.name)))[first : last + 1] for case in cases}
+    for name, positions in found.items():
+        if not len(positions):
+            raise DataError(f"{name} has no slices from {first} to {last}: change folder.slices")
+    return found
+
+
+def folds_of(names, seed):
+    """Names of the labelled cases that are held out, once per network to be trained.
+
+    One case alone cannot be held out: the one fold is then empty.
+    """
+    if len(names) == 1:
+        return [()]
+    if len(names) < LEAVE_ONE_OUT:
+        return [(name,) for name in names]
+    order = np.random.default_rng([seed, 2]).permutation(len(names))
+    return [tuple(names[k] for k in sorted(order[: round(len(names) / 5)]))]
+
+
+def build(settings, store, intake, held_out):
+    """The cohort of one fold.
+
+    Args:
+        settings: as params.load gives them.
+        held_out: names of the labelled cases that validate; where it is empty, those that train do.
+
+    Returns:
+        OwnCohort. Of slices without masks, at most folder.unlabelled are in it, of those with masks at most
+        folder.labelled to train and as many to validate: it lies in memory. They are thinned evenly.
+    """
+    options = settings.folder
+    slices = chosen_slices(options, store, intake.cases)
+    free = [(case.name, k) for case in intake.cases if not case.mask for k in slices[case.name]]
+    drawn = [(case.name, k) for case in intake.labelled for k in slices[case.name]]
+    held = [row for row in drawn if row[0] in held_out]
+    rows = [(name, int(k), split, masked) for group, most, split, masked in (
+        (free, options.unlabelled, "train", False),
+        ([row for row in drawn if row[0] not in held_out], options.labelled, "train", True),
+        (held or drawn, options.labelled, "validation", True),
+    ) for name, k in thinned(group, most)]
+    empty = np.zeros((options.size, options.size), np.uint8)
+    to_class = np.zeros(256, np.uint8)
+    to_class[intake.values] = np.arange(1, len(intake.values) + 1)
+    return OwnCohort(
+        name="folder", title="own data", symmetric=options.symmetric, pixel_mm=1.0, classes=class_names(intake.values),
+        images=np.stack([store.images(name)[k] for name, k, *_ in rows]).astype(np.float32),
+        labels=np.stack([to_class[store.labels(name)[k]] if masked else empty for name, k, _, masked in rows]),
+        subjects=np.array([name for name, *_ in rows]), split=np.array([split for *_, split, _ in rows]),
+        masked=np.array([masked for *_, masked in rows]),
+        volumes=np.array([f"{name}/{split}" for name, _, split, _ in rows]),
+        positions=np.array([k / max(1, len(store.images(name)) - 1) for name, k, *_ in rows], np.float32),
+        ranks=np.zeros(len(rows), int), shapes=np.zeros((0, 3), int), truth=np.zeros(0, np.uint8),
+    )
+
+
+def thinned(items, most):
+    """At most so many of the items, evenly spread."""
+    return [items[k] for k in np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)]
+
+
+def class_names(values):
+    """What the label values are called in tables."""
+    return tuple(f"label {value}" for value in values)
