@@ -1,0 +1,39 @@
+"""A folder of scans to try things on: slices of the pipeline's own cohort, as NIfTI files."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from lib.data import load_cohort
+from lib.experiment import cohort_file
+
+
+def write_demonstration(settings, folder):
+    """Write images, a few of them with masks, as a user would bring them.
+
+    Training images of the cohort are taken: the first ones that would be labelled get masks, the others come from the
+    end of that order. What their masks would be goes to a folder of its own, to be compared with afterwards.
+
+    Args:
+        settings: as params.load gives them, of the pipeline's cohort; its section folder.demonstration says how many.
+        folder: for ``images``, ``masks`` and ``hidden``; files that are there are replaced.
+
+    Raises:
+        DataError: the cohort has not been made.
+    """
+    options, folder = settings.folder.demonstration, Path(folder)
+    cohort = load_cohort(cohort_file(settings))
+    order = cohort.order(settings.seed)
+    chosen = [*order[: options.labelled], *order[max(options.labelled, len(order) - options.cases + options.labelled) :]]
+    for part in ("images", "masks", "hidden"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for file in (folder / part).glob("*.nii.gz"):
+            file.unlink()
+    affine = np.diag([cohort.pixel_mm, cohort.pixel_mm, 1.0, 1.0])
+    for number, index in enumerate(chosen):
+        name = f"scan_{number + 1:02d}.nii.gz"
+        image = np.round(1000 * cohort.images[index]).astype(np.int16)
+        nib.save(nib.Nifti1Image(image[..., None], affine), folder / "images" / name)
+        part = "masks" if number < options.labelled else "hidden"
+        nib.save(nib.Nifti1Image(cohort.labels[index][..., None], affine), folder / part / name)
