@@ -1,8 +1,8 @@
-# `make repro`, `make test`, `make lab`, `make bench`: each sets up .venv first.
+# `make repro`, `make test`, `make segment`, `make lab`, `make bench`: each sets up .venv first.
 PYTHON ?= python3.11
 ACTIVATE = . .venv/bin/activate
 
-.PHONY: repro test lab bench
+.PHONY: repro test segment lab bench
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,11 @@ repro: .venv/ready
 
 test: .venv/ready
 	$(ACTIVATE) && pytest --nbval-lax --nbval-current-env notebooks tests
+
+# make segment IMAGES=dir MASKS=dir OUT=dir [MODEL=file] [SET="key=value ..."]
+segment: .venv/ready
+	$(if $(and $(IMAGES),$(OUT)),,$(error give IMAGES=dir MASKS=dir OUT=dir, or IMAGES=dir OUT=dir MODEL=file))
+	$(ACTIVATE) && python -m lib.segment "$(IMAGES)" "$(OUT)" --masks "$(MASKS)" --model "$(MODEL)" $(SET:%=-S '%')
 
 lab: .venv/ready
 	$(ACTIVATE) && jupyter lab notebooks

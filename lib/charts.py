@@ -3,6 +3,8 @@
 They need no tensors, so that the notebooks which only draw tables start without torch.
 """
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -163,7 +165,8 @@ def pseudo_label_course(course):
 
 
 def save(figure, file):
-    """Write a figure as PNG and show the file; the same figure gives the same bytes."""
+    """Write a figure as PNG and show the file; the same figure gives the same bytes. The folder is made if need be."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     display(Image(str(file)))

@@ -4,10 +4,7 @@ Where five or more cases are labelled, a fifth of them is held out: their DSC ch
 predicted one. Where fewer are, each is left out once, and the masks are the mean of the networks that come of it.
 """
 
-import argparse
 import json
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,12 +78,7 @@ def train_fold(settings, store, intake, number, held_out, divisor=1):
         number, held_out: which fold, and the names of the cases that validate.
         divisor: what batches are divided by, for want of memory.
     """
-    own = section(json.loads(json.dumps(settings)))
-    own["cohort"] = f"folder/fold_{number}"
-    for part in (own.segmentation, own.registration, own.joint_plus):
-        part["batch"] = max(1, part["batch"] // divisor)
-    if not held_out:  # nothing to weigh both kinds of masks by
-        own.joint_plus["fusion"] = "mean"
+    own = fold_settings(settings, number, bool(held_out), divisor)
     build(own, store, intake, held_out).save(cohort_file(own))
     experiment = Experiment(own)
     experiment.numerics.share = 1 / divisor
@@ -97,6 +89,17 @@ def train_fold(settings, store, intake, number, held_out, divisor=1):
         best = best_rounds(load_measured(experiment, "joint_plus"))["joint"] if held_out else own.joint_plus.rounds
         network = load_round(experiment, best, "joint_plus")[0][0]
     return network, experiment.numerics, experiment.origin
+
+
+def fold_settings(settings, number, validated=True, divisor=1):
+    """Settings under which a fold trains, by which its Experiment is found again; see ``train_fold``."""
+    own = section(json.loads(json.dumps(settings)))
+    own["cohort"] = f"folder/fold_{number}"
+    for part in (own.segmentation, own.registration, own.joint_plus):
+        part["batch"] = max(1, part["batch"] // divisor)
+    if not validated:  # nothing to weigh both kinds of masks by
+        own.joint_plus["fusion"] = "mean"
+    return own
 
 
 def score_case(model, case, store, positions, numerics):
@@ -274,39 +277,3 @@ def trained(settings, store, intake, output):
     model.about["key"] = key
     save_model(model, file)
     return model
-
-
-def stop(number, _):
-    """What a signal does: what is being written is discarded, what is finished stays."""
-    sys.exit(f"stopped by {signal.Signals(number).name}: the same command goes on from here")
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="python -m lib.own", description=__doc__.splitlines()[0])
-    parser.add_argument("images", help="folder of NIfTI images")
-    parser.add_argument("output", help="folder for masks, confidence maps, cases.csv and the model")
-    parser.add_argument("--masks", default="", help="folder of masks for some of the images")
-    parser.add_argument("--model", default="", help="a trained model to apply instead of training one")
-    parser.add_argument("-S", action="append", default=[], metavar="KEY=VALUE", dest="values", help="any setting")
-    given = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    try:
-        settings = params.load(cohort="folder", changes=given.values)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    settings.folder |= {"images": given.images, "masks": given.masks, "model": given.model, "output": given.output}
-    try:
-        table = segment_folder(settings)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
-    failed = table[table["status"] == "failed"]
-    for row in failed.itertuples():
-        print(f"failed: {row.case}: {row.note}", file=sys.stderr)
-    print(f"{len(table) - len(failed)} of {len(table)} cases are segmented, {int(table['review'].sum())} to be reviewed: "
-          f"{Path(given.output) / 'cases.csv'}")
-    sys.exit(1 if len(failed) else 0)
-
-
-if __name__ == "__main__":
-    main()
