@@ -196,7 +196,8 @@ def segment_folder(settings):
         pandas.DataFrame, cases.csv: one row per case, ``status`` done or failed, and ``note`` says why it failed.
 
     Raises:
-        DataError: the folders cannot be used, nothing is labelled, or the model is none; another run is at work here.
+        DataError: the folders cannot be used, nothing is labelled, or the model is none; another run is at work here;
+            the disk is full.
     """
     output = Path(settings.folder.output)
     try:
@@ -207,7 +208,11 @@ def segment_folder(settings):
     except OSError as error:
         raise DataError(f"{output} cannot be written to ({error.strerror}): give another output folder") from error
     with lock, params.outputs_under(output):
-        return _segment_folder(settings, output)
+        try:
+            return _segment_folder(settings, output)
+        except OSError as error:
+            raise DataError(f"{output} cannot be written to ({error}): make room; what is finished is kept, and the "
+                            "same command goes on from here") from error
 
 
 def _segment_folder(settings, output):
@@ -223,26 +228,34 @@ def _segment_folder(settings, output):
     model = model.to(numerics)
     slices = chosen_slices(options, store, intake.cases)
     log_file = output / "work" / "cases.jsonl"
-    log = {row["case"]: row for row in read_lines(log_file)}
+    log = read_lines(log_file, "case")
     rows = [{"case": name, "status": "failed", "note": note} for name, note in intake.failures.items()]
     for case in tqdm(intake.cases, desc="segmenting", unit="case"):
         key = fingerprint(model.key, store.index[case.name]["fingerprint"], slices[case.name].tolist(), str(case.image))
         written = [output / f"{case.name}_{what}.nii.gz" for what in ("mask", "confidence")]
         row = log.get(case.name)
-        if not (row and row["fingerprint"] == key and all(file.exists() for file in written)):
+        if not (row and row.get("fingerprint") == key and all(file.exists() for file in written)):
             try:
                 grid = read_grid(case.image, options.axis)
                 row = apply(model, case.name, store.images(case.name), slices[case.name], grid, output, numerics)
                 row |= {"status": "done", "fingerprint": key}
                 append_line(row, log_file)
-            except (DataError, OSError) as error:
+            except DataError as error:
                 row = {"case": case.name, "status": "failed", "note": str(error)}
         rows.append({"note": intake.notes.get(case.name, ""), **row, "labelled": case.mask is not None})
     table = summary(rows, model.about["classes"], options.review)
-    partial = output / ".cases.partial.csv"
-    table.round(4).to_csv(partial, index=False)
-    partial.replace(output / "cases.csv")
+    write_table(table, output / "cases.csv")
     return table
+
+
+def write_table(table, file):
+    """Write a CSV file; leaves either the old file or the whole new one."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        table.round(4).to_csv(partial, index=False)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def summary(rows, classes, review):
@@ -270,15 +283,15 @@ def trained(settings, store, intake, output):
     except DataError:
         pass
     model, held_out = train(settings, store, intake)
-    held_out.round(4).to_csv(output / "held_out.csv", index=False)
+    write_table(held_out, output / "held_out.csv")
     model.about["key"] = key
     save_model(model, file)
     return model
 
 
 def stop(number, _):
-    """What a signal does: what is being written is discarded, what is finished stays."""
-    sys.exit(f"stopped by {signal.Signals(number).name}: the same command goes on from here")
+    """What a signal does: what is being written is discarded, what is finished stays. The status is the shell's own."""
+    sys.exit(128 + number)
 
 
 def main():
@@ -298,8 +311,12 @@ def main():
     settings.folder |= {"images": given.images, "masks": given.masks, "model": given.model, "output": given.output}
     try:
         table = segment_folder(settings)
-    except (DataError, OSError) as error:
+    except DataError as error:
         sys.exit(f"error: {error}")
+    except SystemExit as stopped:  # reported here: a bar may just be writing where a signal arrives
+        print(f"\nstopped by {signal.Signals(stopped.code - 128).name}: the same command goes on from here",
+              file=sys.stderr)
+        raise
     failed = table[table["status"] == "failed"]
     for row in failed.itertuples():
         print(f"failed: {row.case}: {row.note}", file=sys.stderr)
