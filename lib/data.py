@@ -78,8 +78,11 @@ class Cohort:
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial.npz")
-        np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
-        partial.replace(file)
+        try:
+            np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def load_cohort(file):

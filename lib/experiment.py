@@ -1,6 +1,7 @@
 """An experiment: what one recipe works on, and the files in which its work is kept between stages."""
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -105,15 +106,24 @@ def cohort_file(settings):
 
 
 def save_atomically(contents, file):
-    """torch.save that leaves either the old file or the whole new one, even after a power cut."""
+    """torch.save that leaves either the old file or the whole new one, even after a power cut.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
-    with open(partial, "wb") as stream:
-        torch.save(contents, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    whole = io.BytesIO()  # torch.save to the disk itself hides that it is full behind an error of its own
+    torch.save(contents, whole)
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(whole.getbuffer())
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_saved(file, device):

@@ -69,9 +69,9 @@ def nifti_files(folder, what):
         DataError: no such folder, unreadable, a name that is there twice, or a link that leads out of the folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give the one that holds the {what}")
     try:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder: give the one that holds the {what}")
         files = sorted(file for file in folder.iterdir() if name_of(file))
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
@@ -118,20 +118,24 @@ def find_cases(images, masks=None, pattern="{case}"):
     return cases
 
 
-def check_gzip(file, most):
-    """Read a .gz file to its end, where its checksum is, which nibabel does not.
+def check_size(file, least):
+    """Read a .gz file to its end, where its checksum is, which nibabel does not, before memory is taken for it.
 
     Raises:
-        OSError, EOFError, zlib.error: it is broken. ValueError: it unpacks to more than ``most`` bytes and some.
+        OSError, EOFError, zlib.error: it is broken. ValueError: it holds less than ``least`` bytes, or much more.
     """
     if not file.name.lower().endswith(".gz"):
+        if file.stat().st_size < least:
+            raise ValueError("it is cut short")
         return
     size = 0
     with gzip.open(file) as stream:
         while part := stream.read(2**20):
             size += len(part)
-            if size > most + 2**20:
+            if size > least + 2**20:
                 raise ValueError("there is more in it than its header declares")
+    if size < least:
+        raise ValueError("it is cut short")
 
 
 def open_scan(file, axis):
@@ -192,8 +196,8 @@ def read_scan(file, axis=2):
     if declared > GZIP * file.stat().st_size:
         raise DataError(f"{file} declares {declared / 1e9:.1f} GB but has {file.stat().st_size} bytes: export it again")
     try:
+        check_size(file, declared + stored.dataobj.offset)
         values = np.asarray(stored.dataobj, dtype=np.float32)
-        check_gzip(file, declared + stored.dataobj.offset)
     except MemoryError:
         raise
     except Exception as error:  # as above
@@ -228,7 +232,7 @@ def read_case(case, axis=2, values=None):
                         "resample the mask onto the image's grid")
     found = np.unique(labels)
     allowed = range(256) if values is None else values
-    unknown = [float(value) for value in found if value not in allowed]
+    unknown = found[~np.isin(found, list(allowed))].tolist()
     if unknown:
         raise DataError(f"{case.mask} holds the values {unknown[:5]}, "
                         + ("which are not labels from 0 to 255" if values is None else f"not only {sorted(values)}"))

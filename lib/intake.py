@@ -28,9 +28,16 @@ class Intake(NamedTuple):
 
 
 def digest(file):
-    """sha256 of a file's bytes."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """sha256 of a file's bytes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}): check its permissions, or copy it again") from error
 
 
 def prints_of(case, settings):
@@ -51,6 +58,7 @@ def take_in(settings, store):
 
     Raises:
         DataError: the folder itself cannot be used, see folder.find_cases.
+        OSError: the store's disk is full: what cannot be kept is no fault of the case.
     """
     cases, failures, notes, values = [], {}, {}, set()
     allowed = {0, *settings.labels} if settings.labels else None
@@ -67,7 +75,7 @@ def take_in(settings, store):
                     notes[case.name] = f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
                 values |= found
             cases.append(case)
-        except (DataError, OSError) as error:
+        except DataError as error:
             failures[case.name] = str(error)
         except MemoryError:
             failures[case.name] = f"{case.image} does not fit into memory: crop it, or split it into several files"

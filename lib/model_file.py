@@ -44,15 +44,21 @@ REQUIRED = {"classes": list, "values": list, "size": int, "axis": int, "normalis
 
 
 def save_model(model, file):
-    """Write a model; leaves either the old file or the whole new one."""
+    """Write a model; leaves either the old file or the whole new one. The same model gives the same bytes.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
     file = Path(file)
     tensors = {f"{k}/{name}": value.detach().cpu().contiguous()
                for k, network in enumerate(model.networks) for name, value in network.state_dict().items()}
-    about = {**model.about, "networks": len(model.networks)}
+    about = {**model.about, "networks": len(model.networks), "format": FORMAT, "version": VERSION}
     partial = file.with_name(f".{file.name}.partial")
     try:
-        save_file(tensors, partial, {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)})
+        save_file(tensors, partial, {"about": json.dumps(about)})  # one entry: several are written in random order
         os.replace(partial, file)
+    except SafetensorError as error:  # as which the full disk comes
+        raise OSError(f"{file} cannot be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -68,17 +74,16 @@ def load_model(file):
         raise DataError(f"{file} does not exist: give the model file that a training has written")
     try:
         with safe_open(file, framework="pt", device="cpu") as archive:
-            head = archive.metadata() or {}
+            about = json.loads((archive.metadata() or {}).get("about", "{}"))
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{file} is not a model file, or is cut short ({error}): train again, or copy it again") from error
-    if head.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
         raise DataError(f"{file} is a safetensors file, but not a model of this project: give one that it has trained")
-    if head.get("version") != str(VERSION):
-        raise DataError(f"{file} is a model of version {head.get('version')}, this is version {VERSION}: train again, or "
-                        "use the release that wrote it")
+    if (version := about.pop("version", None)) != VERSION:
+        raise DataError(f"{file} is a model of version {version}, this is version {VERSION}: train again, or use the "
+                        "release that wrote it")
     try:
-        about = json.loads(head["about"])
         for name, kind in REQUIRED.items():
             if not isinstance(about[name], kind):
                 raise TypeError(f"{name} is {about[name]!r}")

@@ -15,10 +15,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from lib import DataError, params
+from lib.augment import augment
 from lib.calibration import predict_dsc
 from lib.compute import Numerics, with_less_memory
 from lib.data import to_labels
-from lib.evaluation import score
+from lib.evaluation import dice, score
 from lib.experiment import Experiment, best_rounds, cohort_file, load_measured, load_round
 from lib.folder import read_case, read_grid, write_scan
 from lib.intake import build, chosen_slices, class_names, folds_of, take_in
@@ -66,6 +67,7 @@ def train(settings, store, intake):
                 scores, confidence = score_case(Model([network], about), case, store, slices[case.name], numerics)
                 held.append(scores.assign(image=case.name))
                 pairs.append([confidence, float(scores["dsc"].mean())])
+                pairs += degraded_pairs(Model([network], about), case.name, store, slices[case.name], settings, numerics)
     columns = ["case", "class", "dsc", "hd", "hd95"]
     table = pd.concat(held).rename(columns={"image": "case"})[columns] if held else pd.DataFrame(columns=columns)
     return Model(networks, {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
@@ -112,6 +114,32 @@ def score_case(model, case, store, positions, numerics):
 
 
 @torch.no_grad()
+def degraded_pairs(model, name, store, positions, settings, numerics):
+    """Mean confidence and DSC of worse and worse views of a held-out case, as pairs.
+
+    Held-out cases are few and much alike: they alone do not say what low confidence means. Views are made by the strong
+    recipe's augmentation, up to folder.degradation times as strong as in training.
+    """
+    options, pairs = settings.folder, []
+    images = numerics.tensor(np.asarray(store.images(name)[positions], np.float32)[:, None])
+    labels = np.asarray(store.labels(name)[positions])
+    masks = numerics.tensor(np.stack([labels == value for value in model.about["values"]], axis=1))
+    generator = numerics.generator(settings.seed, "degraded", name)
+    for strength in np.linspace(0, options.degradation, options.degraded_views + 1)[1:]:
+        stronger = params.Section({key: strength * value for key, value in settings.augmentation.items()})
+        seen, truth = augment(images, masks, generator, stronger, options.symmetric)
+        soft = torch.cat(list(soft_masks(model, seen[:, 0], numerics)))
+        pair = [part.movedim(0, 1)[None] for part in (soft, truth)]
+        pairs.append([confidence_of(soft), float(dice(*pair).mean())])
+    return pairs
+
+
+def confidence_of(soft):
+    """Mean confidence of a case from the masks of its slices, ``(slices, classes, size, size)``: in [0.5, 1]."""
+    return float(mean_confidence(soft.movedim(0, 1).flatten(1)[None, :, :, None]))
+
+
+@torch.no_grad()
 def soft_masks(model, slices, numerics):
     """Probabilities of a case's slices: the mean over networks and over N augmented views.
 
@@ -125,7 +153,7 @@ def soft_masks(model, slices, numerics):
     options = section(model.about["pseudo_masks"])
     size = numerics.batch(slices)
     for start in range(0, len(slices), size):
-        images = numerics.tensor(np.asarray(slices[start : start + size], np.float32)[:, None])
+        images = numerics.tensor(slices[start : start + size])[:, None]
         generator = numerics.generator("own", start)
         parts = [segmentation_masks(network, images, options.n, generator, options, model.about["symmetric"],
                                     numerics).mean(dim=0) for network in model.networks]
@@ -148,7 +176,7 @@ def segment(model, slices, positions, grid, numerics):
     shape = grid.slices
     labels, confidence = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
     values = np.array([0, *model.about["values"]], np.uint8)
-    flat, start = [], 0
+    seen, start = [], 0
     for soft in soft_masks(model, slices[positions], numerics):
         at = positions[start : start + len(soft)]
         start += len(soft)
@@ -156,8 +184,8 @@ def segment(model, slices, positions, grid, numerics):
         labels[at] = values[to_labels(masks).cpu().numpy()]
         every = torch.cat((1 - masks.sum(dim=1, keepdim=True), masks), dim=1)
         confidence[at] = every.amax(dim=1).clamp(0, 1).cpu().numpy().round(3)
-        flat.append(soft.movedim(0, 1).flatten(1))
-    return labels, confidence, float(mean_confidence(torch.cat(flat, dim=1)[None, :, :, None]))
+        seen.append(soft)
+    return labels, confidence, confidence_of(torch.cat(seen))
 
 
 def apply(model, name, slices, positions, grid, folder, numerics):
@@ -199,7 +227,8 @@ def segment_folder(settings):
         pandas.DataFrame, cases.csv: one row per case, ``status`` done or failed, and ``note`` says why it failed.
 
     Raises:
-        DataError: the folders cannot be used, nothing is labelled, or the model is none; another run is at work here.
+        DataError: the folders cannot be used, nothing is labelled, or the model is none; another run is at work here;
+            the disk is full.
     """
     output = Path(settings.folder.output)
     try:
@@ -210,7 +239,11 @@ def segment_folder(settings):
     except OSError as error:
         raise DataError(f"{output} cannot be written to ({error.strerror}): give another output folder") from error
     with lock, params.outputs_under(output):
-        return _segment_folder(settings, output)
+        try:
+            return _segment_folder(settings, output)
+        except OSError as error:
+            raise DataError(f"{output} cannot be written to ({error}): make room; what is finished is kept, and the "
+                            "same command goes on from here") from error
 
 
 def _segment_folder(settings, output):
@@ -226,26 +259,34 @@ def _segment_folder(settings, output):
     model = model.to(numerics)
     slices = chosen_slices(options, store, intake.cases)
     log_file = output / "work" / "cases.jsonl"
-    log = {row["case"]: row for row in read_lines(log_file)}
+    log = read_lines(log_file, "case")
     rows = [{"case": name, "status": "failed", "note": note} for name, note in intake.failures.items()]
     for case in tqdm(intake.cases, desc="segmenting", unit="case"):
         key = fingerprint(model.key, store.index[case.name]["fingerprint"], slices[case.name].tolist(), str(case.image))
         written = [output / f"{case.name}_{what}.nii.gz" for what in ("mask", "confidence")]
         row = log.get(case.name)
-        if not (row and row["fingerprint"] == key and all(file.exists() for file in written)):
+        if not (row and row.get("fingerprint") == key and all(file.exists() for file in written)):
             try:
                 grid = read_grid(case.image, options.axis)
                 row = apply(model, case.name, store.images(case.name), slices[case.name], grid, output, numerics)
                 row |= {"status": "done", "fingerprint": key}
                 append_line(row, log_file)
-            except (DataError, OSError) as error:
+            except DataError as error:
                 row = {"case": case.name, "status": "failed", "note": str(error)}
         rows.append({"note": intake.notes.get(case.name, ""), **row, "labelled": case.mask is not None})
     table = summary(rows, model.about["classes"], options.review)
-    partial = output / ".cases.partial.csv"
-    table.round(4).to_csv(partial, index=False)
-    partial.replace(output / "cases.csv")
+    write_table(table, output / "cases.csv")
     return table
+
+
+def write_table(table, file):
+    """Write a CSV file; leaves either the old file or the whole new one."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        table.round(4).to_csv(partial, index=False)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def summary(rows, classes, review):
@@ -273,7 +314,7 @@ def trained(settings, store, intake, output):
     except DataError:
         pass
     model, held_out = train(settings, store, intake)
-    held_out.round(4).to_csv(output / "held_out.csv", index=False)
+    write_table(held_out, output / "held_out.csv")
     model.about["key"] = key
     save_model(model, file)
     return model

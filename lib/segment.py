@@ -17,8 +17,8 @@ from lib.review import Review
 
 
 def stop(number, _):
-    """What a signal does: what is being written is discarded, what is finished stays."""
-    sys.exit(f"stopped by {signal.Signals(number).name}: the same command goes on from here")
+    """What a signal does: what is being written is discarded, what is finished stays. The status is the shell's own."""
+    sys.exit(128 + number)
 
 
 def main():
@@ -39,8 +39,12 @@ def main():
     settings.folder |= {"images": given.images, "masks": given.masks, "model": given.model, "output": given.output}
     try:
         table = segment_folder(settings)
-    except (DataError, OSError) as error:
+    except DataError as error:
         sys.exit(f"error: {error}")
+    except SystemExit as stopped:  # reported here: a bar may just be writing where a signal arrives
+        print(f"\nstopped by {signal.Signals(stopped.code - 128).name}: the same command goes on from here",
+              file=sys.stderr)
+        raise
     review = Review(settings, table, load_model(given.model or Path(given.output) / "model.safetensors"))
     for figure, name in (review.predictions(), "confidence.png"), (review.contact_sheet(), "least_certain.png"):
         figure.savefig(Path(given.output) / name, dpi=110)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from lib import DataError
 class Store:
     """Slices of one size, those of a case together, each case once.
 
-    A case is written first, then named in the index: after a crash it is either whole or not there. A case whose
-    file has changed is appended anew.
+    A case is written first, then named in the index with its checksum: after a crash, or where another program or the
+    disk has spoilt it, it is not there and is to be added again. A case whose file has changed is appended anew.
 
     Args:
         folder: where the store lies; made if need be.
@@ -24,24 +25,20 @@ class Store:
         self.folder = Path(folder)
         self.size = size
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.index = {}
-        for entry in read_lines(self.folder / "index.jsonl"):
-            if entry["size"] != size:
-                raise DataError(f"{self.folder} holds slices of {entry['size']} pixels, not {size}: delete it")
-            self.index[entry["name"]] = entry
+        self.index = read_lines(self.folder / "index.jsonl", "name")
+        for entry in self.index.values():
+            if entry.get("size") != size:
+                raise DataError(f"{self.folder} holds slices of {entry.get('size')} pixels, not {size}: delete it")
 
     def has(self, name, fingerprint):
         """Whether the case is there, made from what ``fingerprint`` stands for."""
         entry = self.index.get(name)
-        return entry is not None and entry["fingerprint"] == fingerprint and self._is_whole(entry)
-
-    def _is_whole(self, entry):
-        """Whether the files reach as far as the index says: another program may have cut or removed them."""
-        for file, start, width in (("images.bin", entry["image"], 2), ("labels.bin", entry["labels"], 1)):
-            end = 0 if start is None else start + width * entry["count"] * self.size**2
-            if end and (not (self.folder / file).exists() or (self.folder / file).stat().st_size < end):
-                return False
-        return True
+        if entry is None or entry.get("fingerprint") != fingerprint:
+            return False
+        try:
+            return entry["checksum"] == checksum(self.images(name), self.labels(name))
+        except (OSError, ValueError, TypeError, KeyError):  # of a map of files that are cut short or gone
+            return False
 
     def add(self, name, fingerprint, slices, labels=None):
         """Write a case.
@@ -53,9 +50,10 @@ class Store:
         Raises:
             OSError: the disk is full or the folder cannot be written to.
         """
+        slices, labels = slices.astype(np.float16), None if labels is None else labels.astype(np.uint8)
         entry = {"name": name, "fingerprint": fingerprint, "size": self.size, "count": len(slices),
-                 "image": self._append("images.bin", slices.astype(np.float16)),
-                 "labels": None if labels is None else self._append("labels.bin", labels.astype(np.uint8))}
+                 "checksum": checksum(slices, labels), "image": self._append("images.bin", slices),
+                 "labels": None if labels is None else self._append("labels.bin", labels)}
         append_line(entry, self.folder / "index.jsonl")
         self.index[name] = entry
 
@@ -86,6 +84,11 @@ class Store:
         return np.memmap(self.folder / file, kind, "r", entry[key], shape)
 
 
+def checksum(slices, labels):
+    """CRC-32 of a case; ``labels`` may be None."""
+    return zlib.crc32(b"" if labels is None else np.ascontiguousarray(labels), zlib.crc32(np.ascontiguousarray(slices)))
+
+
 def append_line(entry, file):
     """Append a dictionary to a file of one JSON text a line, for good."""
     with open(file, "a") as stream:
@@ -99,25 +102,21 @@ def append_line(entry, file):
             raise
 
 
-def read_lines(file):
-    """The dictionaries that ``append_line`` wrote, as a list; a last line that a crash cut short is removed.
+def read_lines(file, key):
+    """The dictionaries that ``append_line`` wrote, by the value of ``key``, the last of each.
 
-    Raises:
-        DataError: it is another file.
+    Lines that are damaged are left out, so that what they stood for is made again; a last one that a crash cut short
+    is removed.
     """
-    entries, end = [], 0
-    if not file.exists():
-        return entries
-    for line in (content := file.read_bytes()).splitlines(keepends=True):
+    entries = {}
+    content = file.read_bytes() if file.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+    for line in content[:whole].splitlines():
         try:
             entry = json.loads(line)
-            if not line.endswith(b"\n") or not isinstance(entry, dict):
-                raise ValueError("not a line of its own")
-        except ValueError as error:
-            if end + len(line) < len(content):
-                raise DataError(f"{file} is damaged ({error}): delete {file.parent}") from error
-            os.truncate(file, end)
-            break
-        entries.append(entry)
-        end += len(line)
+            entries[entry[key]] = entry
+        except (ValueError, TypeError, KeyError):
+            continue
     return entries

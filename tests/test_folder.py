@@ -1,12 +1,16 @@
 import gzip
-import itertools
+import tracemalloc
+import warnings
 
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from lib import DataError, folder
+from lib.volumes import scaled
 
 
 def write(file, array, affine=None, kind=nib.Nifti1Image):
@@ -178,3 +182,71 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         folder.write_scan(slices + 1, grid, tmp_path / "out.nii.gz")
     assert (tmp_path / "out.nii.gz").read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.nii.gz", "out.nii.gz"]
+
+
+HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+ODD = {"i": [0, 1, 2, 3, 7, 8, 16, 64, 128, 255, 256, 512, 1792, 32767, -1, -32768],
+       "f": [0, 1, -1, 1e-30, 1e30, 3e38, -3e38, np.nan, np.inf, -np.inf, 0.5, 352],
+       "S": [b"", b"n+1", b"ni1", b"\xff\xff"]}
+
+
+@st.composite
+def spoilt(draw):
+    """The bytes of a NIfTI file, plain or gzipped, whose header, length or content is wrong in one to three ways."""
+    header = HEADERS[draw(st.sampled_from(sorted(HEADERS)))](endianness=draw(st.sampled_from("<>")))
+    kind = draw(st.sampled_from([np.uint8, np.int16, np.float32, np.float64]))
+    header.set_data_dtype(kind)
+    header.set_data_shape((6, 5, 4))
+    header["vox_offset"] = header.single_vox_offset
+    header.set_sform(np.diag([1.0, 2.0, 3.0, 1.0]), 2)
+    header["magic"] = header.single_magic
+    fields = header.structarr
+    for _ in range(draw(st.integers(0, 3))):
+        name = draw(st.sampled_from(sorted(fields.dtype.names)))
+        odd = st.sampled_from(ODD.get(fields.dtype[name].base.kind, ODD["i"]))
+        if fields.dtype[name].shape:
+            fields[name][draw(st.integers(0, fields[name].size - 1))] = np.array(draw(odd)).astype(fields[name].dtype)
+        else:
+            fields[name] = np.array(draw(odd)).astype(fields.dtype[name])
+    voxels = np.frombuffer(draw(st.binary(min_size=120 * np.dtype(kind).itemsize, max_size=120 * np.dtype(kind).itemsize))
+                           if draw(st.booleans()) else np.arange(120).astype(kind).tobytes(), np.uint8)
+    content = bytearray(fields.tobytes() + bytes(4) + voxels.tobytes())
+    places = st.tuples(st.floats(0, 0.999), st.integers(1, 255))
+    for place, value in draw(st.lists(places, max_size=2)):
+        content[int(place * len(content))] ^= value
+    content = content[: int(draw(st.sampled_from([1, 1, 1, 0.99, 0.5, 0.1])) * len(content))]
+    if draw(st.booleans()):
+        return "a.nii", bytes(content)
+    packed = bytearray(gzip.compress(bytes(content)))
+    for place, value in draw(st.lists(places, max_size=1)):
+        packed[int(place * len(packed))] ^= value
+    return "a.nii.gz", bytes(packed)
+
+
+@settings(max_examples=300, deadline=5000, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(file=spoilt(), masked=st.booleans(), axis=st.integers(0, 2))
+def test_whatever_is_in_a_file_it_is_read_whole_or_refused_by_name(tmp_path, file, masked, axis):
+    """Finite slices that write back onto the stored voxels, or a DataError; within seconds and a few megabytes."""
+    name, content = file
+    image = write(tmp_path / "good.nii", noise(6, 5, 4))
+    (tmp_path / name).write_bytes(content)
+    case = folder.Case("a", image, tmp_path / name) if masked else folder.Case("a", tmp_path / name, None)
+    tracemalloc.start()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            slices, labels, grid = folder.read_case(case, axis)
+    except DataError as error:
+        assert name in str(error)
+        return
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 20e6
+    assert slices.dtype == np.float32 and slices.shape == grid.slices and np.isfinite(slices).all()
+    assert np.isfinite(scaled(slices)).all() and np.isfinite(grid.spacing).all() and min(grid.spacing) > 0
+    assert labels is None or (labels.shape == slices.shape and labels.dtype == np.uint8)
+    folder.write_scan((slices > 0).astype(np.uint8), grid, tmp_path / "b.nii.gz")
+    again, on = folder.read_scan(tmp_path / "b.nii.gz", axis)
+    assert np.array_equal(again, slices > 0) and on.shape == grid.shape
+    assert np.allclose(on.affine, grid.affine, rtol=1e-3, atol=1e-3 * np.abs(grid.affine).max())

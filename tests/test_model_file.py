@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import pytest
@@ -31,12 +32,11 @@ def pickled(file):
     file.write_bytes(pickle.dumps({"about": ABOUT}))
 
 
-def rewrite(about=None, **head):
+def rewrite(**about):
     def spoil(file):
-        import json
         network = ResidualUNet(2, "instance")
         save_file({f"0/{name}": value for name, value in network.state_dict().items()}, file,
-                  {"format": FORMAT, "version": "1", "about": json.dumps({**ABOUT, "networks": 1, **(about or {})}), **head})
+                  {"about": json.dumps({**ABOUT, "networks": 1, "format": FORMAT, "version": 1, **about})})
     return spoil
 
 
@@ -46,10 +46,10 @@ def rewrite(about=None, **head):
     (pickled, "not a model file"),
     (lambda f: torch.save({"weights": torch.zeros(3)}, f), "not a model file"),
     (lambda f: save_file({"x": torch.zeros(3)}, f), "not a model of this project"),
-    (rewrite(version="99"), "version 99"),
-    (rewrite(about={"classes": ["a", "b", "c"]}), "does not fit"),
-    (rewrite(about={"networks": 0}), "no network"),
-    (rewrite(about={"size": "big"}), "does not fit"),
+    (rewrite(version=99), "version 99"),
+    (rewrite(classes=["a", "b", "c"]), "does not fit"),
+    (rewrite(networks=0), "no network"),
+    (rewrite(size="big"), "does not fit"),
     (lambda f: f.unlink(), "does not exist"),
 ])
 def test_what_is_no_model_is_refused_and_named(model, tmp_path, spoil, words):

@@ -62,6 +62,34 @@ def test_other_stores_are_refused(tmp_path):
     store.Store(tmp_path, 8).add("a", "1", slices(0))
     with pytest.raises(DataError, match="slices of 8 pixels, not 16"):
         store.Store(tmp_path, 16)
-    (tmp_path / "index.jsonl").write_text("what?\n{}\n")
-    with pytest.raises(DataError, match="is damaged"):
-        store.Store(tmp_path, 8)
+
+
+def cut(file, keep):
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 255
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("file", ["images.bin", "labels.bin", "index.jsonl"])
+@pytest.mark.parametrize("spoil", [lambda f: cut(f, 0), lambda f: cut(f, 0.4), lambda f: cut(f, 0.9),
+                                   lambda f: flip(f, 0.1), lambda f: flip(f, 0.5), lambda f: f.unlink(),
+                                   lambda f: f.write_text("what?\n{}\n[]\n")])
+def test_what_was_cut_or_changed_on_disk_is_not_there_and_is_added_again(tmp_path, file, spoil):
+    first = store.Store(tmp_path, 8)
+    for k, name in enumerate("bca"):  # as after a change of a
+        first.add(name, "1", slices(k), np.full((3, 8, 8), k))
+    spoil(tmp_path / file)
+    again, missing = store.Store(tmp_path, 8), 0
+    for name in "abc":  # as they are read: what is appended must not be taken for what was cut off
+        k = "bca".index(name)
+        if not again.has(name, "1"):
+            missing += 1
+            again.add(name, "1", slices(k), np.full((3, 8, 8), k))
+    last = store.Store(tmp_path, 8)
+    assert missing and all(last.has(name, "1") for name in "abc")
+    for k, name in enumerate("bca"):
+        assert np.allclose(last.images(name), slices(k), atol=1e-3) and (last.labels(name) == k).all()
