@@ -180,8 +180,12 @@ def panel(axes, layers, name, value, outlined):
         colours, low, high = HEATS[name]
         heat = array(value)
         heat = np.clip((high - heat) / (high - low) if colours.endswith("_r") else heat, 0, 1)
-        axes.figure.colorbar(ScalarMappable(Normalize(low, high), colours), cax=axes.inset_axes((0, -0.07, 1, 0.04)),
-                             orientation="horizontal").ax.tick_params(labelsize=7)
+        bar = axes.inset_axes((0, -0.07, 1, 0.04))
+        axes.figure.colorbar(ScalarMappable(Normalize(low, high), colours), cax=bar, orientation="horizontal",
+                             ticks=np.linspace(low, high, 6))
+        bar.tick_params(labelsize=7)
+        for label, side in zip(bar.get_xticklabels()[:: 5], ("left", "right")):  # no wider than the picture
+            label.set_horizontalalignment(side)
     draw(axes, layers["image"], heat=heat)
     if value is not None and heat is None and name != "image":
         axes.imshow(tinted(value))
