@@ -64,7 +64,7 @@ class Viewer:
         self.layers = lru_cache(kept)(layers)
         self.render = lru_cache(8 * kept)(self.render)
         first, rounds = next(iter(self.cases)), list(rounds)
-        wide = widgets.Layout(width="420px")
+        wide = {"width": "420px"}
         self.case = widgets.Dropdown(options=list(self.cases), value=first, description="case", layout=wide)
         self.slice = widgets.IntSlider(min=1, description="slice", layout=wide)
         self.round = widgets.SelectionSlider(options=rounds, value=rounds[-1], description="round", layout=wide)
@@ -75,6 +75,7 @@ class Viewer:
         self.outlined = widgets.Checkbox(value=True, description="outline of the true mask", indent=False)
         self.status, self.meaning = widgets.Label(), widgets.Label(style={"text_color": "gray"})
         self.picture, self.error = widgets.Image(format="png"), widgets.HTML()
+        self.status.add_class("viewer-status")
         self.place = widgets.VBox((self.picture,))
         self.widget = widgets.VBox((self.case, self.slice, self.round, self.layer, self.outlined, self.status,
                                     self.meaning, self.place))
@@ -270,10 +271,12 @@ def experiment_layers(experiment, stage="joint_plus"):
 def experiment_viewer(experiment, index, stage="joint_plus"):
     """A Viewer of the images ``index`` of an experiment, slices of one subject (of a volume, in order) in one case."""
     cohort, settings = experiment.cohort, experiment.settings
+    names, roles = getattr(cohort, "volumes", cohort.subjects), cohort.split.astype(object)
+    for role in ("labelled", "unlabelled"):
+        roles[getattr(experiment.data, role).cpu().numpy()] = role
     members = {}
     for position in index.tolist():
-        name = getattr(cohort, "volumes", cohort.subjects)[position]
-        members.setdefault(f"{name} ({cohort.split[position]})", []).append(position)
+        members.setdefault(f"{names[position]} ({roles[position]})", []).append(position)
     layers = experiment_layers(experiment, stage)
     rounds = [number for number in range(settings[stage].rounds + 1) if experiment.model_file(stage, number).exists()]
     return Viewer({name: len(positions) for name, positions in members.items()},
