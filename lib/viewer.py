@@ -64,7 +64,7 @@ class Viewer:
         self.layers = lru_cache(kept)(layers)
         self.render = lru_cache(8 * kept)(self.render)
         first, rounds = next(iter(self.cases)), list(rounds)
-        wide = widgets.Layout(width="420px")
+        wide = {"width": "420px"}
         self.case = widgets.Dropdown(options=list(self.cases), value=first, description="case", layout=wide)
         self.slice = widgets.IntSlider(min=1, description="slice", layout=wide)
         self.round = widgets.SelectionSlider(options=rounds, value=rounds[-1], description="round", layout=wide)
@@ -75,6 +75,7 @@ class Viewer:
         self.outlined = widgets.Checkbox(value=True, description="outline of the true mask", indent=False)
         self.status, self.meaning = widgets.Label(), widgets.Label(style={"text_color": "gray"})
         self.picture, self.error = widgets.Image(format="png"), widgets.HTML()
+        self.status.add_class("viewer-status")
         self.place = widgets.VBox((self.picture,))
         self.widget = widgets.VBox((self.case, self.slice, self.round, self.layer, self.outlined, self.status,
                                     self.meaning, self.place))
@@ -180,8 +181,12 @@ def panel(axes, layers, name, value, outlined):
         colours, low, high = HEATS[name]
         heat = array(value)
         heat = np.clip((high - heat) / (high - low) if colours.endswith("_r") else heat, 0, 1)
-        axes.figure.colorbar(ScalarMappable(Normalize(low, high), colours), cax=axes.inset_axes((0, -0.07, 1, 0.04)),
-                             orientation="horizontal").ax.tick_params(labelsize=7)
+        bar = axes.inset_axes((0, -0.07, 1, 0.04))
+        axes.figure.colorbar(ScalarMappable(Normalize(low, high), colours), cax=bar, orientation="horizontal",
+                             ticks=np.linspace(low, high, 6))
+        bar.tick_params(labelsize=7)
+        for label, side in zip(bar.get_xticklabels()[:: 5], ("left", "right")):  # no wider than the picture
+            label.set_horizontalalignment(side)
     draw(axes, layers["image"], heat=heat)
     if value is not None and heat is None and name != "image":
         axes.imshow(tinted(value))
@@ -266,10 +271,12 @@ def experiment_layers(experiment, stage="joint_plus"):
 def experiment_viewer(experiment, index, stage="joint_plus"):
     """A Viewer of the images ``index`` of an experiment, slices of one subject (of a volume, in order) in one case."""
     cohort, settings = experiment.cohort, experiment.settings
+    names, roles = getattr(cohort, "volumes", cohort.subjects), cohort.split.astype(object)
+    for role in ("labelled", "unlabelled"):
+        roles[getattr(experiment.data, role).cpu().numpy()] = role
     members = {}
     for position in index.tolist():
-        name = getattr(cohort, "volumes", cohort.subjects)[position]
-        members.setdefault(f"{name} ({cohort.split[position]})", []).append(position)
+        members.setdefault(f"{names[position]} ({roles[position]})", []).append(position)
     layers = experiment_layers(experiment, stage)
     rounds = [number for number in range(settings[stage].rounds + 1) if experiment.model_file(stage, number).exists()]
     return Viewer({name: len(positions) for name, positions in members.items()},
