@@ -18,6 +18,7 @@ from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from traitlets import link
 
 from lib.evaluation import harden
 from lib.experiment import load_round
@@ -56,7 +57,8 @@ class Viewer:
         offered: the layers to choose from.
         kept: how many slices are kept in memory.
 
-    Every control is reached by Tab and moved by the arrow keys, the buttons of the layers by Enter.
+    Every control is reached by Tab; sliders are moved by the arrow keys, buttons are pressed by Enter, the box is ticked
+    by Space. JupyterLab keeps the keys of a dropdown for itself, hence the slider beside that of the cases.
     """
 
     def __init__(self, cases, layers, rounds=(0,), classes=(), offered=tuple(LAYERS), kept=32):
@@ -66,6 +68,7 @@ class Viewer:
         first, rounds = next(iter(self.cases)), list(rounds)
         wide = {"width": "420px"}
         self.case = widgets.Dropdown(options=list(self.cases), value=first, description="case", layout=wide)
+        self.number = widgets.IntSlider(max=len(self.cases) - 1, readout=False, layout={"width": "300px"})
         self.slice = widgets.IntSlider(min=1, description="slice", layout=wide)
         self.round = widgets.SelectionSlider(options=rounds, value=rounds[-1], description="round", layout=wide)
         self.layer = widgets.ToggleButtons(
@@ -74,15 +77,16 @@ class Viewer:
         )
         self.outlined = widgets.Checkbox(value=True, description="outline of the true mask", indent=False)
         self.status, self.meaning = widgets.Label(), widgets.Label(style={"text_color": "gray"})
-        self.picture, self.error = widgets.Image(format="png"), widgets.HTML()
+        self.picture, self.error = widgets.Image(format="png", layout={"max_width": "100%"}), widgets.HTML()
         self.status.add_class("viewer-status")
-        self.place = widgets.VBox((self.picture,))
-        self.widget = widgets.VBox((self.case, self.slice, self.round, self.layer, self.outlined, self.status,
+        self.place = widgets.VBox((self.picture,), layout={"align_items": "flex-start"})
+        self.widget = widgets.VBox((widgets.HBox((self.case, self.number)), self.slice, self.round, self.layer, self.outlined, self.status,
                                     self.meaning, self.place))
-        if len(rounds) == 1:
-            self.round.layout.display = "none"
+        for control, choices in ((self.number, self.cases), (self.round, rounds)):
+            control.layout.display = "none" if len(choices) == 1 else None
         self.open_case()
         self.case.observe(self.open_case, "value")
+        link((self.case, "index"), (self.number, "value"))
         for control in (self.slice, self.round, self.layer, self.outlined):
             control.observe(self.draw, "value")
         self.draw()

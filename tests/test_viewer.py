@@ -118,7 +118,7 @@ def test_a_case_opens_at_its_middle_slice_with_one_picture():
     shown = viewer.Viewer({"long": 9, "short": 2}, lambda *key: asked.append(key) or layers(*key))
     shown.slice.value = 9
     shown.case.value = "short"
-    shown.case.value = "long"
+    shown.number.value = 0
     assert asked == [("long", 4, 0), ("long", 8, 0), ("short", 0, 0)]  # the fourth is still in memory
     assert shown.round.layout.display == "none"
 
@@ -184,9 +184,11 @@ def lab(trial, tmp_path):
     shutil.copy(params.ROOT / "notebooks" / "06_joint_plus.ipynb", tmp_path / "notebooks")
     for name in ("lib", "params.yaml"):
         (tmp_path / name).symlink_to(params.ROOT / name)
-    settings = tmp_path / "lab" / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"windowingMode": "none"}))  # all cells are on the page
+    for name, value in (("notebook-extension/tracker", {"windowingMode": "none"}),  # all cells are on the page
+                        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False})):
+        settings = tmp_path / "lab" / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        settings.parent.mkdir(parents=True)
+        settings.write_text(json.dumps(value))
     folders = {f"{name}_DIR": str(tmp_path / "lab" / part) for name, part in (
         ("JUPYTERLAB_SETTINGS", "settings"), ("JUPYTERLAB_WORKSPACES", "workspaces"), ("JUPYTER_CONFIG", "config"),
         ("JUPYTER_RUNTIME", "runtime"))}
@@ -195,8 +197,7 @@ def lab(trial, tmp_path):
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
                f"--port={address.rsplit(':')[-1]}", "--ServerApp.port_retries=0", "--IdentityProvider.token=",
-               f"--ServerApp.root_dir={tmp_path}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=",
-               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+               f"--ServerApp.root_dir={tmp_path}", "--LabApp.expose_app_in_browser=True"]
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen(command, env=os.environ | folders | {"IPYTHONDIR": str(tmp_path / "lab")},
                                   stdout=log, stderr=log)
@@ -279,10 +280,10 @@ class Page:
         """The picture's bytes."""
         return base64.b64decode(self.browser.execute_async_script(self.BYTES))
 
-    def press(self, control, key, expected):
-        """Press a key on a control (its XPath): status and picture become those of the Viewer ``expected``."""
-        self.browser.find_element("xpath", control).send_keys(key)
-        self.check(expected)
+    def press(self, *keys):
+        """Press keys, one after another, on whatever has the focus then."""
+        for key in keys:
+            self.browser.switch_to.active_element.send_keys(key)
 
     def check(self, expected, seconds=20):
         """Wait for the status and the picture of the Viewer ``expected``."""
@@ -296,11 +297,6 @@ def distance(*pictures):
     return np.abs(first - second).mean() if first.shape == second.shape else np.inf
 
 
-def handle(description):
-    """XPath of what is moved in a slider."""
-    return f"//label[text()='{description}']/..//*[contains(@class, 'noUi-handle')]"
-
-
 @pytest.mark.browser
 @pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")),
                     reason="there is no chromium or no chromedriver: apt-get install chromium chromium-driver")
@@ -309,18 +305,18 @@ def test_the_keyboard_moves_the_viewer_in_jupyterlab(trial, lab, browser, tmp_pa
 
     expected = viewer.experiment_viewer(trial, torch.cat((trial.data.unlabelled, trial.data.validation)))
     page = Page(browser, lab)
-    page.check(expected, seconds=60)
-    while expected.slice.max == 1:
-        expected.case.index += 1
-        page.press("//label[text()='case']/..//select", Keys.ARROW_DOWN, expected)
-    for control, value, place, key in (
-            (expected.slice, 2, handle("slice"), Keys.ARROW_RIGHT),
-            (expected.round, 0, handle("round"), Keys.ARROW_LEFT),
-            (expected.layer, "warped masks", "//button[contains(., 'warped masks')]", Keys.ENTER),
-            (expected.outlined, False, "//label[contains(., 'outline')]//input", Keys.SPACE)):
+    page.check(expected, seconds=120)  # every cell has run
+    browser.find_element("css selector", ".jupyter-widgets select").send_keys(Keys.TAB)  # on to the slider of the cases
+    for control, value, keys in (
+            (expected.case, list(expected.cases)[1], [Keys.ARROW_RIGHT]),
+            (expected.slice, 2, [Keys.TAB, Keys.ARROW_RIGHT]),  # whose number can be typed, too: one more Tab
+            (expected.round, 0, [Keys.TAB, Keys.TAB, Keys.ARROW_LEFT]),
+            (expected.layer, "warped masks", [*[Keys.TAB] * (2 + expected.layer.options.index("warped masks")), Keys.ENTER]),
+            (expected.outlined, False, [Keys.TAB, Keys.TAB, Keys.SPACE])):
         before = expected.picture.value
         control.value = value
         assert distance(before, expected.picture.value) > 0.004
-        page.press(place, key, expected)
+        page.press(*keys)
+        page.check(expected)
     browser.save_screenshot(str(tmp_path / "viewer.png"))
     assert "Error" not in page.text(".jp-Notebook")
