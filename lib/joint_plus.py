@@ -116,8 +116,9 @@ def train_on_mixture(experiment, network, pairs, soft, number):
     options, recipe = settings.joint_plus, settings.segmentation
     labelled, masks, unlabelled = data.images[data.labelled], data.masks[data.labelled], data.images[data.unlabelled]
     free = [part for part in ("pairs", "pseudo") if (pairs if part == "pairs" else soft) is not None]
-    fixed = round(options.labelled * options.batch) if free else options.batch
+    fixed = max(1, round(options.labelled * options.batch)) if free else options.batch
     counts = {part: (options.batch - fixed + k) // len(free) for k, part in enumerate(free)}
+    counts = {part: count for part, count in counts.items() if count}  # a batch of one holds a labelled image alone
     networks = numerics.place(MeanTeacher(network, options.decay))
     tested = networks.teacher if options.decay else networks.student
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from lib import DataError
 from lib.models import ResidualUNet
 from lib.params import fingerprint
+from lib.training import weights_digest
 
 FORMAT = "joint segmentation and registration"
 VERSION = 1
@@ -43,6 +44,11 @@ REQUIRED = {"classes": list, "values": list, "size": int, "axis": int, "normalis
             "symmetric": bool, "fingerprint": str, "licence": str, "calibration": list}
 
 
+def checksum(about, networks):
+    """Fingerprint of all that a model file holds."""
+    return fingerprint(about, [weights_digest(network) for network in networks])
+
+
 def save_model(model, file):
     """Write a model; leaves either the old file or the whole new one. The same model gives the same bytes.
 
@@ -52,7 +58,8 @@ def save_model(model, file):
     file = Path(file)
     tensors = {f"{k}/{name}": value.detach().cpu().contiguous()
                for k, network in enumerate(model.networks) for name, value in network.state_dict().items()}
-    about = {**model.about, "networks": len(model.networks), "format": FORMAT, "version": VERSION}
+    about = {**model.about, "networks": len(model.networks)}
+    about |= {"checksum": checksum(about, model.networks), "format": FORMAT, "version": VERSION}
     partial = file.with_name(f".{file.name}.partial")
     try:
         save_file(tensors, partial, {"about": json.dumps(about)})  # one entry: several are written in random order
@@ -97,6 +104,8 @@ def load_model(file):
             networks.append(network.eval())
         if not networks:
             raise ValueError("there is no network in it")
+        if about.pop("checksum", None) != checksum(about, networks):
+            raise ValueError("it has changed since it was written")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise DataError(f"{file} is a model file whose content does not fit ({error}): train again") from error
+        raise DataError(f"{file} is a model file whose content does not fit ({error}): train again, or copy it again") from error
     return Model(networks, about)

@@ -290,11 +290,11 @@ def write_table(table, file):
 
 
 def summary(rows, classes, review):
-    """cases.csv: to be reviewed is what failed, what marks nothing, and what is not likely to reach DSC ``review``."""
+    """cases.csv: to be reviewed is what failed, what marks nothing, and what is not known to reach DSC ``review``."""
     columns = ["case", "status", "labelled", "slices", "unit", *classes, "confidence", "predicted_dsc", "predicted_low",
                "predicted_high", "note"]
     table = pd.DataFrame(rows).sort_values("case", ignore_index=True).reindex(columns=columns)
-    doubtful = (table["predicted_dsc"] < review) | (table[list(classes)].sum(axis=1) == 0) | (table["status"] == "failed")
+    doubtful = ~(table["predicted_dsc"] >= review) | (table[list(classes)].sum(axis=1) == 0)
     table.insert(2, "review", doubtful)
     return table
 

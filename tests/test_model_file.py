@@ -1,8 +1,11 @@
 import json
 import pickle
+import resource
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lib import DataError
@@ -58,6 +61,48 @@ def test_what_is_no_model_is_refused_and_named(model, tmp_path, spoil, words):
     spoil(file)
     with pytest.raises(DataError, match=f"(?s)m.safetensors.*{words}"):
         load_model(file)
+
+
+def test_the_same_model_has_the_same_bytes(model, tmp_path):
+    for k in range(6):
+        save_model(model, tmp_path / f"{k}.safetensors")
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(places=st.lists(st.tuples(st.one_of(st.floats(0, 0.01), st.floats(0, 0.999)), st.integers(0, 255)), max_size=4),
+       text=st.tuples(st.integers(0, 600), st.sampled_from([b"", b"[", b"9", b'"', b"null", b"1e999"])),
+       keep=st.sampled_from([1, 1, 1, 0.999, 0.01, 0.0001]))
+def test_whatever_is_in_a_model_file_it_is_the_model_or_refused_by_name(model, tmp_path, places, text, keep):
+    file = tmp_path / "m.safetensors"
+    save_model(model._replace(networks=model.networks[:1]), file)
+    content = bytearray(file.read_bytes())
+    begin = content.index(b"{") + text[0]
+    content[begin : begin + len(text[1])] = text[1]
+    for place, value in places:
+        content[int(place * len(content))] = value
+    file.write_bytes(content[: int(keep * len(content))])
+    try:
+        found = load_model(file)
+    except DataError as error:
+        assert "m.safetensors" in str(error)
+    else:
+        assert found.about == {**ABOUT, "networks": 1} and found.key == model._replace(networks=model.networks[:1]).key
+
+
+def test_a_full_disk_leaves_the_old_model(model, tmp_path):
+    file = tmp_path / "m.safetensors"
+    save_model(model, file)
+    before = file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="m.safetensors cannot be written .*File too large"):
+            save_model(model, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_weights_that_are_not_finite_are_refused(model, tmp_path):

@@ -117,8 +117,8 @@ joint_plus.joint_plus_rounds(trial)
 """
 
 
-def run_script(folder, kill_after=None):
-    """Run SCRIPT; where ``kill_after`` is a number, SIGKILL it once so many checkpoints have been written."""
+def run_script(folder, kill_after=None, number=None):
+    """Run SCRIPT; where ``kill_after`` is given, send it the signal ``number`` after so many new checkpoints."""
     environment = {**os.environ, "JOINT_OUTPUT": str(folder), "PYTHONPATH": str(params.ROOT)}
     process = subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, text=True)
     if kill_after is not None:
@@ -131,18 +131,18 @@ def run_script(folder, kill_after=None):
                     pass
             time.sleep(0.005)
         assert process.poll() is None, "the script ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
     _, errors = process.communicate()
-    assert process.returncode == (-signal.SIGKILL if kill_after is not None else 0), errors
+    assert process.returncode == (-number if kill_after is not None else 0), errors
 
 
-def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
     for name in ("whole", "killed"):
         monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / name))
         made_up_cohort().save(experiment.cohort_file(params.load("strong")))
     run_script(tmp_path / "whole")
-    for checkpoints in (2, 5, 3, 4):
-        run_script(tmp_path / "killed", checkpoints)
+    for checkpoints, number in (2, signal.SIGKILL), (5, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGKILL):
+        run_script(tmp_path / "killed", checkpoints, number)
     run_script(tmp_path / "killed")
     models = [sorted((tmp_path / name / "work" / "models").rglob("*.pt")) for name in ("whole", "killed")]
     assert len(models[0]) == 7 and [f.name for f in models[0]] == [f.name for f in models[1]]

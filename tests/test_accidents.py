@@ -1,0 +1,241 @@
+"""What befalls a run on a user's own folder: nothing finished is lost, and what is said is true."""
+
+import contextlib
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import DataError, own, params
+from lib.folder import nifti_files
+from lib.intake import take_in
+from lib.models import ResidualUNet
+from lib.store import Store
+from test_own import fill, scan
+
+SMALL = {"scale": "smoke", "scales.smoke.folder.size": 32, "scales.smoke.segmentation.max_steps": 2, "pseudo_masks.n": 1,
+         "scales.smoke.joint_plus.segmentation_epochs": 1, "joint_plus.refine": False, "joint_plus.pairs_per_image": 1,
+         "segmentation.batch": 2, "registration.batch": 2, "joint_plus.batch": 3}
+
+
+def settings_for(folder, **changes):
+    settings = params.load("strong", "folder", changes=[f"{key}={value}" for key, value in SMALL.items()])
+    settings.folder |= {"images": str(folder / "images"), "masks": str(folder / "masks"), "output": str(folder / "out")}
+    settings.folder |= changes
+    return settings
+
+
+def outcome(folder):
+    """All bytes of a finished run, but for checkpoints and costs, which hold times, and the store, in any order."""
+    files = [file for file in (folder / "out").rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files
+            if not {"checkpoints", "slices", "cost.json"} & {*file.parts}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder that has been segmented without an accident, and what came out."""
+    folder = fill(tmp_path_factory.mktemp("own") / "mé dossier 影像", cases=7, labelled=5, slices=1)
+    own.segment_folder(settings_for(folder))
+    return folder, outcome(folder)
+
+
+def start(folder, log):
+    """The command, on a folder, as a process of its own."""
+    command = [sys.executable, "-m", "lib.own", folder / "images", folder / "out", "--masks", folder / "masks"]
+    command += [word for key, value in SMALL.items() for word in ("-S", f"{key}={value}")]
+    with open(log, "wb") as stream:
+        return subprocess.Popen(command, cwd=params.ROOT, stdout=stream, stderr=stream)
+
+
+STAGES = [
+    (signal.SIGTERM, lambda text, out: "reading:" in text),
+    (signal.SIGKILL, lambda text, out: "\nsegmentation:" in text),
+    (signal.SIGINT, lambda text, out: "\nregistration:" in text),
+    (signal.SIGKILL, lambda text, out: "round 1: registration:" in text),
+    (signal.SIGTERM, lambda text, out: "round 1: segmentation:" in text),
+    (signal.SIGKILL, lambda text, out: any(out.glob("case*_mask.nii.gz"))),
+]
+
+
+def test_a_run_stopped_in_every_stage_ends_with_the_same_bytes(tmp_path):
+    whole, stopped = (fill(tmp_path / f"{name} 影像", cases=7, labelled=5, slices=1) for name in ("whole", "stopped"))
+    log = tmp_path / "log"
+    process, limit = start(whole, log), time.monotonic() + 300
+    while "reading:" not in log.read_text():
+        assert time.monotonic() < limit and process.poll() is None, log.read_text()
+        time.sleep(0.005)
+    with pytest.raises(DataError, match="another run is at work"):
+        own.segment_folder(settings_for(whole))
+    assert process.wait() == 0, log.read_text()
+    for number, reached in STAGES:
+        process = start(stopped, log)
+        while not reached(log.read_text(), stopped / "out"):
+            assert time.monotonic() < limit and process.poll() is None, log.read_text()
+            time.sleep(0.005)
+        process.send_signal(number)
+        process.wait()
+        if number == signal.SIGKILL:
+            assert process.returncode == -number
+        else:
+            assert process.returncode == 128 + number
+            assert f"stopped by {number.name}: the same command goes on from here" in log.read_text()
+    masks = {file: file.stat().st_mtime_ns for file in (stopped / "out").glob("case*_mask.nii.gz")}
+    process = start(stopped, log)
+    assert process.wait() == 0 and "7 of 7 cases are segmented" in log.read_text(), log.read_text()
+    again = [file for file, written in masks.items() if file.stat().st_mtime_ns != written]
+    assert 0 < len(masks) < 7 and len(again) <= 1  # the one whose confidence map was not yet there
+    found, expected = ({name.replace(folder.name, ""): content for name, content in outcome(folder).items()}
+                       for folder in (stopped, whole))
+    assert sorted(found) == sorted(expected)
+    different = [name for name in expected if found[name] != expected[name]]
+    assert different == ["out/work/cases.jsonl"]
+
+
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_files_cut_short_are_made_again(finished, keep):
+    """All that lies under work, and the model: the run started again ends with the same bytes."""
+    folder, before = finished
+    for file in [*(folder / "out" / "work").rglob("*.*"), folder / "out" / "model.safetensors"]:
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    own.segment_folder(settings_for(folder))
+    after = outcome(folder)
+    assert sorted(after) == sorted(before)
+    assert [name for name in before if after[name] != before[name]] == []
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """No file may grow beyond ``size`` bytes; what goes to the terminal is kept in memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.redirect_stderr(io.StringIO()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_stops_the_run_and_nothing_finished_is_lost(finished, tmp_path):
+    folder, before = finished
+    new = fill(tmp_path / folder.name, cases=7, labelled=5, slices=1)
+    for size in (3_000, 60_000, 2_000_000):  # reached in reading, by the cohort and by the weights
+        with disk_of(size), pytest.raises(DataError, match="cannot be written to .*File too large.*make room"):
+            own.segment_folder(settings_for(new))
+        assert not list((new / "out").rglob("*partial*"))
+    assert len(Store(new / "out" / "work" / "slices", 32).index) == 7
+    lost = folder / "out" / "case 3_confidence.nii.gz"
+    lost.unlink()
+    with disk_of(300), pytest.raises(DataError, match="cannot be written to .*File too large.*make room"):
+        own.segment_folder(settings_for(folder))
+    assert {name: content for name, content in before.items() if "case 3_conf" not in name} == outcome(folder)
+    own.segment_folder(settings_for(folder))
+    assert lost.read_bytes() == before["out/" + lost.name]
+
+
+@contextlib.contextmanager
+def unprivileged():
+    """Who runs the tests as root, whom no permission stops, is nobody for a while."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_read_or_written_is_named():
+    with tempfile.TemporaryDirectory() as name:
+        folder = fill(Path(name), cases=2, labelled=1, slices=1)
+        folder.chmod(0o777)
+        store = Store(folder / "slices", 32)
+        for file in ("slices/images.bin", "slices/labels.bin", "slices/index.jsonl"):
+            (folder / file).touch()
+            (folder / file).chmod(0o666)
+        (folder / "images" / "case 0.nii.gz").chmod(0)
+        (folder / "out").mkdir(mode=0o555)
+        with unprivileged():
+            intake = take_in(settings_for(folder).folder, store)
+            with pytest.raises(DataError, match="out cannot be written to .Permission denied.: give another output"):
+                own.segment_folder(settings_for(folder))
+        assert [case.name for case in intake.cases] == ["case 1"]
+        assert "case 0.nii.gz cannot be read (Permission denied)" in intake.failures["case 0"]
+        (folder / "images").chmod(0)
+        with unprivileged(), pytest.raises(DataError, match="images cannot be read .Permission denied"):
+            nifti_files(folder / "images", "images")
+        (folder / "images").chmod(0o755)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """``memory.most``: how many images a segmentation network has room for."""
+    class Memory:
+        most = 0
+    forward = ResidualUNet.forward
+
+    def crowded(network, images, *more):
+        if len(images) > Memory.most:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried "
+                               "to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)")
+        return forward(network, images, *more)
+
+    monkeypatch.setattr(ResidualUNet, "forward", crowded)
+    return Memory
+
+
+def test_one_labelled_image_and_little_memory_give_masks_that_are_all_to_be_reviewed(tmp_path, memory, capsys):
+    folder = fill(tmp_path, cases=3, labelled=1, slices=1)
+    memory.most = 8
+    settings = settings_for(folder)
+    settings.segmentation["batch"] = 16
+    table = own.segment_folder(settings)
+    assert "training: out of memory with batches of 1/1" in capsys.readouterr().out
+    assert (table["status"] == "done").all() and table["predicted_dsc"].isna().all() and table["review"].all()
+    assert pd.read_csv(folder / "out" / "held_out.csv").empty
+
+
+def test_out_of_memory_is_met_with_smaller_batches_and_loses_nothing(finished, tmp_path, memory):
+    folder, before = finished
+    model = str(folder / "out" / "model.safetensors")
+    deep = fill(tmp_path, cases=1, labelled=0, slices=300)
+    memory.most = 100
+    table = own.segment_folder(settings_for(deep, masks="", model=model))
+    assert table["status"].tolist() == ["done"] and table["slices"].tolist() == [300]
+    mask = (deep / "out" / "case 0_mask.nii.gz").read_bytes()
+    memory.most = 0
+    nib.save(nib.Nifti1Image(scan(9)[0], np.eye(4)), deep / "images" / "new.nii.gz")
+    table = own.segment_folder(settings_for(deep, masks="", model=model))
+    assert table["status"].tolist() == ["done", "failed"] and "out of memory even with an eighth" in table["note"][1]
+    assert (deep / "out" / "case 0_mask.nii.gz").read_bytes() == mask
+    (folder / "out" / "model.safetensors").unlink()
+    for file in (folder / "out" / "work" / "checkpoints").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match="training: out of memory even with an eighth of the batch: lower folder.size"):
+        own.segment_folder(settings_for(folder))
+    kept = {name: content for name, content in before.items() if "_mask" in name or "_conf" in name or ".csv" in name}
+    assert len(kept) == 16 and kept.items() <= outcome(folder).items()
+
+
+def test_empty_masks_are_noted_and_nothing_but_empty_masks_is_an_error(tmp_path):
+    folder = fill(tmp_path, cases=3, labelled=2, slices=1)
+    for k in range(2):
+        nothing = nib.Nifti1Image(np.zeros((40, 36, 1), np.uint8), np.diag([-2.0, 1.0, 4.0, 1.0]))
+        nib.save(nothing, folder / "masks" / f"case {k}.nii.gz")
+        if k == 0:
+            intake = take_in(settings_for(folder).folder, Store(tmp_path / "slices", 32))
+            assert list(intake.notes) == ["case 0"] and "marks nothing" in intake.notes["case 0"]
+    with pytest.raises(DataError, match="mark nothing: draw at least one structure"):
+        own.segment_folder(settings_for(folder))
