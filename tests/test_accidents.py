@@ -23,7 +23,7 @@ from lib.models import ResidualUNet
 from lib.store import Store
 from test_own import fill, scan
 
-SMALL = {"scale": "smoke", "scales.smoke.folder.size": 32, "scales.smoke.segmentation.max_steps": 2, "pseudo_masks.n": 1,
+SMALL = {"scale": "smoke", "folder.size": 32, "scales.smoke.segmentation.max_steps": 2, "pseudo_masks.n": 1,
          "scales.smoke.joint_plus.segmentation_epochs": 1, "joint_plus.refine": False, "joint_plus.pairs_per_image": 1,
          "segmentation.batch": 2, "registration.batch": 2, "joint_plus.batch": 3}
 
@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
 
 def start(folder, log):
     """The command, on a folder, as a process of its own."""
-    command = [sys.executable, "-m", "lib.own", folder / "images", folder / "out", "--masks", folder / "masks"]
+    command = [sys.executable, "-m", "lib.segment", folder / "images", folder / "out", "--masks", folder / "masks"]
     command += [word for key, value in SMALL.items() for word in ("-S", f"{key}={value}")]
     with open(log, "wb") as stream:
         return subprocess.Popen(command, cwd=params.ROOT, stdout=stream, stderr=stream)
