@@ -125,8 +125,9 @@ class Viewer:
 
     def render(self, case, slice, number, layer, outlined, title=""):
         """The picture as PNG."""
-        names = self.offered if layer == "all" else (layer,)
-        figure = pictures(self.layers(case, slice, number), names, self.classes, outlined, title)
+        layers = self.layers(case, slice, number)
+        names = [name for name in self.offered if name in layers] if layer == "all" else (layer,)
+        figure = pictures(layers, names, self.classes, outlined, title)
         file = BytesIO()
         figure.savefig(file, format="png", dpi=100)
         return file.getvalue()
