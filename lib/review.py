@@ -82,11 +82,12 @@ class Review:
         """
         figure, ax = plt.subplots(figsize=(5.6, 3.8))
         pairs = np.reshape(self.model.about["calibration"], (-1, 2))
-        spread = np.linspace(*self.table["confidence"].agg(["min", "max"]), 50)
+        every = np.concatenate((self.table["confidence"], pairs[:, 0]))
+        spread = np.linspace(every.min(), every.max(), 50)
         predicted, low, high = np.transpose([predict_dsc(pairs, x) for x in spread])
         ax.plot(spread, predicted, color="black", label="predicted DSC")
         ax.fill_between(spread, low, high, color="black", alpha=0.1, label="95 % prediction interval")
-        ax.plot(*pairs.T, "o", color="#1f77b4", label="held-out cases")
+        ax.plot(*pairs.T, ".", color="#1f77b4", alpha=0.5, label="held-out cases, and worse views of them")
         if true_dsc is not None:
             ax.plot(self.table["confidence"][true_dsc.index], true_dsc, ".", color="#d62728", label="masks that were hidden")
         ax.axhline(self.settings.folder.review, color="grey", linestyle=":", label="to be reviewed below")
