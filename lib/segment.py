@@ -39,7 +39,7 @@ def main():
     settings.folder |= {"images": given.images, "masks": given.masks, "model": given.model, "output": given.output}
     try:
         table = segment_folder(settings)
-    except DataError as error:
+    except (DataError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except SystemExit as stopped:  # reported here: a bar may just be writing where a signal arrives
         print(f"\nstopped by {signal.Signals(stopped.code - 128).name}: the same command goes on from here",

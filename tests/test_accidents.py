@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import DataError, own, params
+from lib import DataError, own, params, segment
 from lib.folder import nifti_files
 from lib.intake import take_in
 from lib.models import ResidualUNet
@@ -207,6 +208,23 @@ def test_one_labelled_image_and_little_memory_give_masks_that_are_all_to_be_revi
     assert pd.read_csv(folder / "out" / "held_out.csv").empty
 
 
+def test_the_command_names_what_failed_and_its_status_says_so(finished, tmp_path, monkeypatch, capsys):
+    folder = fill(tmp_path, cases=1, labelled=0, slices=1)
+    (folder / "images" / "bad.nii").write_bytes(b"no")
+    (folder / "images" / "none.nii.gz").touch()
+    model = str(finished[0] / "out" / "model.safetensors")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["own", str(folder / "images"), str(folder / "out"), "--model", model])
+    with pytest.raises(SystemExit) as left:
+        segment.main()
+    said = capsys.readouterr()
+    assert left.value.code == 1 and "1 of 3 cases are segmented, 3 to be reviewed" in said.out
+    assert "failed: bad: " in said.err and "none.nii.gz is empty: export or download it again" in said.err
+    monkeypatch.setattr(sys, "argv", ["own", str(folder / "nowhere"), str(folder / "out"), "--model", model])
+    with pytest.raises(SystemExit, match="error: .*nowhere is not a folder: give the one that holds the images"):
+        segment.main()
+
+
 def test_out_of_memory_is_met_with_smaller_batches_and_loses_nothing(finished, tmp_path, memory):
     folder, before = finished
     model = str(folder / "out" / "model.safetensors")
@@ -220,13 +238,13 @@ def test_out_of_memory_is_met_with_smaller_batches_and_loses_nothing(finished, t
     table = own.segment_folder(settings_for(deep, masks="", model=model))
     assert table["status"].tolist() == ["done", "failed"] and "out of memory even with an eighth" in table["note"][1]
     assert (deep / "out" / "case 0_mask.nii.gz").read_bytes() == mask
-    (folder / "out" / "model.safetensors").unlink()
-    for file in (folder / "out" / "work" / "checkpoints").iterdir():
-        file.unlink()
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "out" / "model.safetensors").unlink()
+    shutil.rmtree(copy / "out" / "work" / "checkpoints")
     with pytest.raises(DataError, match="training: out of memory even with an eighth of the batch: lower folder.size"):
-        own.segment_folder(settings_for(folder))
+        own.segment_folder(settings_for(copy))
     kept = {name: content for name, content in before.items() if "_mask" in name or "_conf" in name or ".csv" in name}
-    assert len(kept) == 16 and kept.items() <= outcome(folder).items()
+    assert len(kept) == 16 and kept.items() <= outcome(copy).items()
 
 
 def test_empty_masks_are_noted_and_nothing_but_empty_masks_is_an_error(tmp_path):
