@@ -57,8 +57,8 @@ class Viewer:
         offered: the layers to choose from.
         kept: how many slices are kept in memory.
 
-    Every control is reached by Tab; sliders are moved by the arrow keys, buttons are pressed by Enter, the box is ticked
-    by Space. JupyterLab keeps the keys of a dropdown for itself, hence the slider beside that of the cases.
+    Every control is reached by Tab; arrow keys move a slider, Enter presses a button, Space ticks the box. JupyterLab
+    keeps the keys of a dropdown for itself, hence the slider beside that of the cases.
     """
 
     def __init__(self, cases, layers, rounds=(0,), classes=(), offered=tuple(LAYERS), kept=32):
@@ -72,7 +72,7 @@ class Viewer:
         self.slice = widgets.IntSlider(min=1, description="slice", layout=wide)
         self.round = widgets.SelectionSlider(options=rounds, value=rounds[-1], description="round", layout=wide)
         self.layer = widgets.ToggleButtons(
-            options=["all", *self.offered], value=next(name for name in ("prediction", *self.offered) if name in self.offered),
+            options=["all", *self.offered], value="prediction" if "prediction" in self.offered else self.offered[0],
             tooltips=["all layers at once", *map(LAYERS.get, self.offered)], style={"button_width": "auto"},
         )
         self.outlined = widgets.Checkbox(value=True, description="outline of the true mask", indent=False)
@@ -80,8 +80,8 @@ class Viewer:
         self.picture, self.error = widgets.Image(format="png", layout={"max_width": "100%"}), widgets.HTML()
         self.status.add_class("viewer-status")
         self.place = widgets.VBox((self.picture,), layout={"align_items": "flex-start"})
-        self.widget = widgets.VBox((widgets.HBox((self.case, self.number)), self.slice, self.round, self.layer, self.outlined, self.status,
-                                    self.meaning, self.place))
+        self.widget = widgets.VBox((widgets.HBox((self.case, self.number)), self.slice, self.round, self.layer,
+                                    self.outlined, self.status, self.meaning, self.place))
         for control, choices in ((self.number, self.cases), (self.round, rounds)):
             control.layout.display = "none" if len(choices) == 1 else None
         self.open_case()
@@ -89,7 +89,6 @@ class Viewer:
         link((self.case, "index"), (self.number, "value"))
         for control in (self.slice, self.round, self.layer, self.outlined):
             control.observe(self.draw, "value")
-        self.draw()
 
     @property
     def chosen(self):
@@ -196,18 +195,13 @@ def panel(axes, layers, name, value, outlined):
     if value is not None and heat is None and name != "image":
         axes.imshow(tinted(value))
     if outlined and "true mask" in layers and name != "image":
-        outline(axes, channels(layers["true mask"]))
-
-
-def channels(masks):
-    """Masks as an array ``(classes, height, width)``, also where there is one class."""
-    masks = array(masks)
-    return masks[None] if masks.ndim == 2 else masks
+        outline(axes, layers["true mask"])
 
 
 def tinted(masks):
-    """Masks ``(classes, height, width)`` in [0, 1] as a translucent picture ``(height, width, 4)``, a colour a class."""
-    masks = channels(masks).astype(float)
+    """Masks ``(classes, height, width)`` in [0, 1] as an RGBA picture ``(height, width, 4)``, a colour a class."""
+    masks = array(masks).astype(float)
+    masks = masks[None] if masks.ndim == 2 else masks
     colours = np.array([to_rgb(COLOURS[k % len(COLOURS)]) for k in range(len(masks))])
     total = masks.sum(axis=0)
     mixed = np.einsum("khw,kc->hwc", masks, colours) / np.maximum(total, 1e-6)[..., None]
