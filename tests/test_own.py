@@ -72,12 +72,21 @@ def test_every_case_gets_a_mask_and_a_confidence_map_on_its_own_grid(segmented):
 
 def test_fewer_than_five_labelled_cases_are_left_out_in_turn(segmented):
     model = own.load_model(segmented[0] / "out" / "model.safetensors")
-    assert len(model.networks) == 2 and len(model.about["calibration"]) == 2 and model.about["values"] == [2, 7]
+    assert len(model.networks) == 2 and model.about["values"] == [2, 7]
     assert segmented[1]["predicted_dsc"].between(0, 1).all()
     names = [f"c{k}" for k in range(10)]
     assert folds_of(names[:1], 1) == [()] and folds_of(names[:4], 1) == [("c0",), ("c1",), ("c2",), ("c3",)]
     (held_out,) = folds_of(names, 1)
     assert len(held_out) == 2
+
+
+def test_worse_views_of_held_out_cases_say_what_low_confidence_means(segmented):
+    """One pair for every held-out case and 20 for its views: the worse they are, the lower DSC and confidence."""
+    model = own.load_model(segmented[0] / "out" / "model.safetensors")
+    pairs = np.reshape(model.about["calibration"], (2, 21, 2))
+    held_out = pd.read_csv(segmented[0] / "out" / "held_out.csv").groupby("case")["dsc"].mean()
+    assert pairs[:, 0, 1] == pytest.approx(held_out.to_numpy(), abs=1e-4)
+    assert (pairs[:, 1:5].mean(axis=1) > pairs[:, -4:].mean(axis=1)).all()
 
 
 def test_finished_cases_are_not_computed_again_and_lost_ones_come_back_the_same(segmented, monkeypatch):
