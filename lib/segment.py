@@ -46,8 +46,9 @@ def main():
               file=sys.stderr)
         raise
     review = Review(settings, table, load_model(given.model or Path(given.output) / "model.safetensors"))
-    for figure, name in (review.predictions(), "confidence.png"), (review.contact_sheet(), "least_certain.png"):
-        figure.savefig(Path(given.output) / name, dpi=110)
+    if len(review.table):
+        for figure, name in (review.predictions(), "confidence.png"), (review.contact_sheet(), "least_certain.png"):
+            figure.savefig(Path(given.output) / name, dpi=110)
     failed = table[table["status"] == "failed"]
     for row in failed.itertuples():
         print(f"failed: {row.case}: {row.note}", file=sys.stderr)
