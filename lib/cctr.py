@@ -61,7 +61,7 @@ def both_networks(experiment, **changes):
         torch.manual_seed(settings.seed)
         networks = CrossTeaching(len(experiment.cohort.classes), len(data.labelled), data.images.shape[-2:],
                                  Section({**settings.cctr, **changes}), settings.segmentation.normalisation)
-    return experiment.numerics.place(networks)
+    return networks.to(experiment.numerics.device)  # not channels last, from which every normalisation would copy
 
 
 def load_cctr(experiment):
