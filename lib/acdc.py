@@ -8,8 +8,7 @@ import re
 import numpy as np
 from tqdm import tqdm
 
-from lib.data import DataError, read_pair
-from lib.params import ROOT
+from lib.data import DataError, existing_folder, files_by_case, read_pair
 from lib.volumes import assemble
 
 LABELS = {0: "background", 1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
@@ -61,28 +60,19 @@ def find_volumes(folder):
     Raises:
         DataError: no such folder, nothing in it, or a patient without exactly ED and ES.
     """
-    folder = (ROOT / folder).resolve()
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist: {HOW}")
+    folder, found = existing_folder(folder, HOW), []
     patients = sorted(path for path in folder.rglob("patient*") if path.is_dir())
-    found = []
     for patient in patients:
         for number in frames_of(patient):
-            image = patient / f"{patient.name}_frame{number:02d}.nii.gz"
-            found.append((patient.name, image, patient / f"{patient.name}_frame{number:02d}_gt.nii.gz"))
-    if not patients:
-        images = sorted(file for file in folder.rglob("patient*_frame*.nii*") if "_gt." not in file.name)
-        by_patient = {}
-        for file in images:
-            by_patient.setdefault(file.name.split("_")[0], []).append(file)
-        for patient, files in by_patient.items():
-            if len(files) != 2:
-                raise DataError(
-                    f"{folder} holds {len(files)} volumes of {patient}, not two, ED and ES: add or remove some"
-                )
-            found += [(patient, file, file.with_name(file.name.replace(".nii", "_gt.nii"))) for file in files]
-    if not found:
-        raise DataError(f"{folder} holds no patientNNN: {HOW}")
+            name = f"{patient.name}_frame{number:02d}"
+            found.append((patient.name, patient / f"{name}.nii.gz", patient / f"{name}_gt.nii.gz"))
+    if patients:
+        return found
+    for patient, files in files_by_case(folder, "**/patient*_frame*.nii*", HOW).items():
+        images = [file for file in files if "_gt." not in file.name]
+        if len(images) != 2:
+            raise DataError(f"{folder} holds {len(images)} volumes of {patient}, not ED and ES: add or remove some")
+        found += [(patient, file, file.with_name(file.name.replace(".nii", "_gt.nii"))) for file in images]
     return found
 
 

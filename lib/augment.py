@@ -19,7 +19,7 @@ class Affine(NamedTuple):
 
     def inverse(self):
         """The map that undoes this one."""
-        matrix = torch.linalg.inv(self.matrix)
+        matrix = torch.linalg.inv_ex(self.matrix).inverse  # without waiting for the GPU to say whether it exists
         return Affine(matrix, -(matrix @ self.shift[..., None])[..., 0])
 
     def __getitem__(self, index):
@@ -29,8 +29,8 @@ class Affine(NamedTuple):
     def apply(self, images, padding="border"):
         """Images or masks ``(batch, channels, height, width)``, transformed; outside is edge or zero."""
         height, width = images.shape[-2:]
-        centre = images.new_tensor([(height - 1) / 2, (width - 1) / 2]).float()[None, :, None]
         grid = pixel_grid(height, width, images.device).reshape(1, 2, -1)
+        centre = grid[..., -1:] / 2  # made where the grid is: a tensor of numbers would wait for the GPU
         moved = self.matrix @ (grid - centre) + centre + self.shift[..., None]
         return sample(images, moved.reshape(-1, 2, height, width), padding)
 

@@ -30,8 +30,9 @@ def thin(history, rows=500):
 
 def curves(history, title):
     """Losses, and the validation DSC where there is one, over optimiser steps."""
-    parts = [c for c in history.columns if c not in ("step", "learning_rate", "validation", "round", "network")]
-    scored = "validation" in history and history["validation"].notna().any()
+    scores = [c for c in history.columns if c.startswith("validation")]
+    parts = [c for c in history.columns if c not in ("step", "learning_rate", "round", "network", *scores)]
+    scored = bool(scores) and bool(history[scores].notna().any(axis=None))
     figure, axes = plt.subplots(1, 1 + scored, figsize=(5 * (1 + scored), 3), squeeze=False)
     smooth = history[parts].rolling(max(1, len(history) // 50), min_periods=1).mean()
     for part in parts:
@@ -39,8 +40,11 @@ def curves(history, title):
     axes[0, 0].set(xlabel="step", ylabel="loss (running mean)", title=title)
     axes[0, 0].legend(fontsize=8)
     if scored:
-        marked = history[history["validation"].notna()]
-        axes[0, 1].plot(marked["step"], marked["validation"], marker=".", color=METHOD_COLOURS["joint+"])
+        marked = history[history[scores[0]].notna()]
+        for score, method in zip(scores, ("joint+", "registration+")):
+            axes[0, 1].plot(marked["step"], marked[score], marker=".", color=METHOD_COLOURS[method], label=score)
+        if len(scores) > 1:
+            axes[0, 1].legend(fontsize=8)
         axes[0, 1].set(xlabel="step", ylabel="DSC", title="validation images", ylim=(0, 1))
     figure.tight_layout()
     return figure

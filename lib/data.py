@@ -1,5 +1,6 @@
 """Cohorts: 2D slices with masks, subjects and a split by subject; every check on what comes in."""
 
+import re
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from lib import DataError
+from lib.params import ROOT
 
 SPLITS = ("train", "validation", "test", "unseen")  # unseen: another anatomy, tested only
 
@@ -111,6 +113,33 @@ def load_cohort(file):
 # --- reading images ---------------------------------------------------------------------------------------------
 
 
+def existing_folder(folder, how):
+    """``folder``, relative to the repository, as an absolute path; ``how`` says how its data are to be had.
+
+    Raises:
+        DataError: there is none.
+    """
+    folder = (ROOT / folder).resolve()
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist: {how}")
+    return folder
+
+
+def files_by_case(folder, pattern, how):
+    """Files of a folder that match a glob pattern: dictionary of case, such as ``case0005``, to its files in order.
+
+    Raises:
+        DataError: there are none; ``how`` says how they are to be had.
+    """
+    found = {}
+    for file in sorted(folder.glob(pattern)):
+        if match := re.match(r"[a-z]+\d+", file.name):
+            found.setdefault(match[0], []).append(file)
+    if not found:
+        raise DataError(f"{folder} holds no {pattern}: {how}")
+    return found
+
+
 def read_nifti(file):
     """A NIfTI image in the closest canonical (RAS) orientation.
 
@@ -157,9 +186,7 @@ def read_pair(image_file, mask_file, values):
             f"{image_file} and its mask {mask_file} have different affines: resample the mask onto the image's grid"
         )
     check_image(image, image_file)
-    unknown = sorted(set(np.unique(mask).tolist()) - set(values))
-    if unknown:
-        raise DataError(f"{mask_file} holds label values {unknown}, but only {sorted(values)} are declared")
+    check_labels(mask, values, mask_file)
     return image.astype(np.float32), mask.astype(np.uint8)
 
 
@@ -169,6 +196,13 @@ def check_image(image, file):
         raise DataError(f"{file} holds NaN or infinite values: replace them, or leave the image out")
     if image.min() == image.max():
         raise DataError(f"{file} is constant ({image.min()}): it shows nothing, leave it out")
+
+
+def check_labels(labels, values, file):
+    """Raise DataError where labels hold a value outside ``values``."""
+    unknown = sorted(set(np.unique(labels).tolist()) - set(values))
+    if unknown:
+        raise DataError(f"{file} holds label values {unknown}, but only {sorted(values)} are declared")
 
 
 def min_max(image):

@@ -15,7 +15,7 @@ from lib.data import Tensors, load_cohort
 from lib.models import MrRegNet, ResidualUNet
 from lib.params import fingerprint, work_folder
 from lib.selection import coverage_order
-from lib.versions import NUMERICS
+from lib.versions import NUMERICS, VOLUMES
 from lib.volumes import VolumeCohort
 
 
@@ -27,8 +27,10 @@ class Experiment:
         numerics: lib.compute.Numerics.
         cohort: lib.data.Cohort.
         data: lib.data.Tensors.
+        pooled: whether segmentation is trained by the soft Dice of whole batches, see losses.soft_dice_loss: where
+            the images are slices of volumes.
         folder: where the stages of this cohort, recipe, seed and rate keep their weights and curves.
-        origin: fingerprint of cohort file, draws, precision and NUMERICS, part of every checkpoint's own. The
+        origin: fingerprint of cohort file, draws, precision and versions, part of every checkpoint's own. The
             rate is not: registration is pre-trained without masks, once for all rates.
     """
 
@@ -37,12 +39,13 @@ class Experiment:
         self.numerics = Numerics(settings.device, settings.precision)
         file = cohort_file(settings)
         self.cohort = load_cohort(file)
+        self.pooled = isinstance(self.cohort, VolumeCohort)
         self.data = Tensors(self.cohort, settings, self.numerics,
                             self.annotation_order if settings.coverage.choose else None)
         self.origin = fingerprint(
             hashlib.sha256(file.read_bytes()).hexdigest(), NUMERICS,
             [settings[key] for key in ("cohort", "recipe", "seed", "augmentation", "pseudo_masks")],
-            str(self.numerics.device), self.numerics.precision, torch.__version__,
+            str(self.numerics.device), self.numerics.precision, torch.__version__, *[VOLUMES] * self.pooled,
         )
 
     def annotation_order(self, data):

@@ -85,7 +85,8 @@ def key_of(item, settings):
     relevant = {key: value for key, value in own.items() if key not in others}
     return params.fingerprint(relevant, split_of(settings), versions.NUMERICS, versions.MEAN_TEACHER,
                               versions.EVALUATION, "06_joint_plus" in ran and versions.JOINT_PLUS,
-                              "07_cctr" in ran and versions.CCTR)
+                              "07_cctr" in ran and versions.CCTR,
+                              *[versions.VOLUMES] * (settings.cohort in params.VOLUME_COHORTS))
 
 
 def split_of(settings):

@@ -138,7 +138,7 @@ def train_on_mixture(experiment, network, pairs, soft, number):
             images, targets = augment(images, targets, generator, settings.augmentation, data.symmetric)
         with numerics.autocast():
             prediction = networks.student.segment(images)
-        return {"loss": soft_dice_loss(prediction, targets)}
+        return {"loss": soft_dice_loss(prediction, targets, experiment.pooled)}
 
     key = fingerprint(
         experiment.origin, JOINT_PLUS, {name: value for name, value in options.items() if name != "rounds"}, recipe,

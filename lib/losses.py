@@ -10,18 +10,22 @@ from lib.warping import warp
 SMOOTH = 1e-5  # keeps the Dice of two empty masks at 1 and its gradient finite
 
 
-def soft_dice_loss(prediction, target):
+def soft_dice_loss(prediction, target, pooled=False):
     """Soft Dice loss with squared denominator, eq. (1): 1 - 2 sum(y' y) / (sum(y'^2) + sum(y^2)).
 
     Args:
         prediction, target: ``(batch, classes, height, width)`` in [0, 1]; targets may be soft.
+        pooled: sum over the pixels of the whole batch, as if it were one volume, instead of image by image. Where an
+            image lacks a class, its own loss is 1 whatever is wrongly marked and hardly has a gradient; slices of
+            volumes lack some class often.
 
     Returns:
-        Scalar in [0, 1], the mean over images and classes. Two empty masks count as 0.
+        Scalar in [0, 1], the mean over images (unless pooled) and classes. Two empty masks count as 0.
     """
     prediction, target = prediction.float(), target.float()
-    overlap = (prediction * target).sum(dim=(2, 3))
-    size = prediction.square().sum(dim=(2, 3)) + target.square().sum(dim=(2, 3))
+    over = (0, 2, 3) if pooled else (2, 3)
+    overlap = (prediction * target).sum(dim=over)
+    size = prediction.square().sum(dim=over) + target.square().sum(dim=over)
     return (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean()
 
 

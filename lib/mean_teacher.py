@@ -79,7 +79,7 @@ def train_mean_teacher(experiment):
         with numerics.autocast():
             prediction = networks.student.segment(noisy(images, generator) if weight else images)
         count = recipe.batch
-        supervised = soft_dice_loss(prediction[:count], target[:count])
+        supervised = soft_dice_loss(prediction[:count], target[:count], experiment.pooled)
         consistency = torch.zeros_like(supervised)
         if weight:
             with torch.no_grad(), numerics.autocast():

@@ -10,8 +10,9 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("paper", "strong")
+VOLUME_COHORTS = ("acdc", "synapse")  # their images are slices of volumes, see lib.volumes
 CHOICES = {
-    "cohort": ("midbrain", "hippocampus", "acdc", "synapse", "folder"),
+    "cohort": ("midbrain", "hippocampus", *VOLUME_COHORTS, "folder"),
     "recipe": RECIPES,
     "baseline": RECIPES,
     "scale": ("smoke", "cpu", "paper"),
@@ -106,6 +107,14 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         if variant not in variants:
             raise ValueError(f"variant '{variant}' is not one of {', '.join(variants)} in params.yaml")
         tree = merge(tree, variants[variant])
+    if tree.coverage.choose and not variant:
+        raise ValueError("coverage.choose in params.yaml is for `variants` alone: the cohort is split and shown before "
+                         "there is a registration to choose by")
+    if tree.coverage.choose and tree.cohort in VOLUME_COHORTS:
+        raise ValueError(f"coverage.choose in params.yaml chooses images, but {tree.cohort} is labelled by patient")
+    if set(tree.cctr.recipes) - {"strong"}:
+        raise ValueError("cctr.recipes in params.yaml may name strong alone: what is to be had of P2's text gives neither "
+                         "optimiser nor schedule nor augmentation for a recipe `paper`")
     return tree
 
 

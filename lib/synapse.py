@@ -4,14 +4,12 @@ Their folder holds train_npz/caseNNNN_sliceNNN.npz, one slice each, and test_vol
 all with `image` and `label`. The download needs a registration, so the folder is always one that the user has.
 """
 
-import re
 from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
-from lib.data import DataError, check_image
-from lib.params import ROOT
+from lib.data import DataError, check_image, check_labels, existing_folder, files_by_case
 from lib.volumes import assemble
 
 LABELS = {0: "background", 1: "aorta", 2: "gallbladder", 3: "left kidney", 4: "right kidney", 5: "liver",
@@ -50,27 +48,8 @@ def read(file, reader):
         raise DataError(f"{file} has an image of shape {image.shape} but a label of {labels.shape}: download it again")
     if not np.isfinite(image).all():
         raise DataError(f"{file} holds NaN or infinite values: download it again")
-    unknown = sorted(set(np.unique(labels).tolist()) - set(LABELS))
-    if unknown:
-        raise DataError(f"{file} holds label values {unknown}, but only 0 to {max(LABELS)} are declared")
+    check_labels(labels, LABELS, file)
     return image.astype(np.float32), labels.astype(np.uint8)
-
-
-def find(folder, pattern):
-    """Files of ``folder`` by case: dictionary of case to files in order.
-
-    Raises:
-        DataError: the folder is missing or holds nothing of that kind.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist: {HOW}")
-    found = {}
-    for file in sorted(folder.glob(pattern)):
-        if match := re.match(r"(case\d+)", file.name):
-            found.setdefault(match[1], []).append(file)
-    if not found:
-        raise DataError(f"{folder} holds no {pattern}: {HOW}")
-    return found
 
 
 def build(settings):
@@ -80,10 +59,11 @@ def build(settings):
         settings: section ``synapse`` of params.yaml.
 
     Raises:
-        DataError: see ``find`` and ``read``; or there are not more training cases than validate.
+        DataError: nothing to be found, see ``read``; or there are not more training cases than validate.
     """
-    folder = (ROOT / settings.folder).resolve()
-    slices, tested = find(folder / "train_npz", "case*_slice*.npz"), find(folder / "test_vol_h5", "case*.h5")
+    folder = existing_folder(settings.folder, HOW)
+    slices = files_by_case(folder / "train_npz", "case*_slice*.npz", HOW)
+    tested = files_by_case(folder / "test_vol_h5", "case*.h5", HOW)
     cases = sorted(slices)
     if len(cases) <= settings.validation:
         raise DataError(f"{folder / 'train_npz'} holds {len(cases)} cases, of which {settings.validation} are to "

@@ -227,10 +227,8 @@ def beside_the_paper(table):
             row = {"method": method, "rate": f"{rate:g} %"}
             for name, at, digits in (("DSC", 0, 2), ("HD", 2, 2)):
                 for recipe in ours["recipe"].unique():
-                    if recipe in found.index:
-                        row[f"{name}, {recipe}"] = spread(found.loc[recipe], name.lower(), digits)
-                    else:
-                        row[f"{name}, {recipe}"] = ""
+                    label = f"{name}, {'not trained' if recipe == '-' else recipe}"
+                    row[label] = spread(found.loc[recipe], name.lower(), digits) if recipe in found.index else ""
                 row[f"{name}, the paper (other data)"] = f"{paper[at]:.2f} ± {paper[at + 1]:.2f}" if paper else ""
             rows.append(row)
     return as_markdown(rows)

@@ -44,7 +44,7 @@ class Fit(NamedTuple):
 
 
 def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, key, label, validate=None, checks=20,
-        after_step=None, watch=None):
+        after_step=None, watch=None, parts=("",)):
     """Train ``network`` by Adam; a killed run started again ends with the same weights, bit for bit.
 
     Args:
@@ -55,10 +55,12 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
         generator: for all draws; its state is part of the checkpoint.
         key: fingerprint of settings, data and initial weights. Names the checkpoint under work/checkpoints.
         label: of the progress bar.
-        validate: function of the network that gives a score; the weights of the best score are kept.
+        validate: function of the network that gives a score, or a list of them, one for each of ``parts``; the weights
+            of the best score are kept.
         checks: how many times it is called, evenly spaced.
         after_step: called after every step, for averages of the weights that are part of ``network``.
         watch: function of the network that gives what is to be kept, tensors, whenever ``validate`` is called.
+        parts: modules of the network, each of which is validated, and kept where it was best, by itself.
 
     Returns:
         Fit.
@@ -70,14 +72,15 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = AdamW(trained, peak, weight_decay)
     file = work_folder("checkpoints", f"{key}.pt")
-    history, watched, best, best_score, start, before = [], [], None, -math.inf, 0, 0.0
+    columns = ["validation", *(f"validation {part}" for part in parts[1:])]
+    history, watched, best, best_scores, start, before = [], [], {}, [-math.inf] * len(parts), 0, 0.0
     saved = resume(file, key, device)
     if saved:
         network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
         generator.set_state(saved["generator"].cpu())
         history, watched, before = saved["history"], saved["watched"], saved["seconds"]
-        best, best_score, start = saved["best"], saved["best_score"], saved["step"]
+        best, best_scores, start = saved["best"] or {}, listed(saved["best_score"]), saved["step"]
     began = time.monotonic()
 
     def checkpoint(step):
@@ -85,7 +88,7 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
             {
                 "fingerprint": key, "step": step, "network": network.state_dict(), "history": history,
                 "optimiser": optimiser.state_dict(), "generator": generator.get_state(),
-                "best": best, "best_score": best_score, "watched": watched,
+                "best": best, "best_score": best_scores, "watched": watched,
                 "seconds": before + time.monotonic() - began,
             },
             file,
@@ -116,20 +119,28 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
             pending = []
             bar.set_postfix({name: f"{value:.3f}" for name, value in zip(losses, values[-1])}, refresh=False)
             if validate and (last or (step + 1) * checks // steps > (step + 1 - HOST_STEPS) * checks // steps):
-                score = validate(network)
-                history[-1]["validation"] = score
+                scores = listed(validate(network))
+                history[-1] |= dict(zip(columns, scores, strict=True))
                 if watch:
                     watched.append((step + 1, watch(network)))
-                if score >= best_score:
-                    best, best_score = copy.deepcopy(network.state_dict()), score
+                for k, part in enumerate(parts):
+                    if scores[k] >= best_scores[k]:
+                        weights = network.get_submodule(part).state_dict(prefix=part and f"{part}.")
+                        best |= copy.deepcopy(dict(weights))
+                        best_scores[k] = scores[k]
             if last or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 checkpoint(step + 1)
                 saved_at = time.monotonic()
         bar.update()
     bar.close()
-    if best is not None:
-        network.load_state_dict(best)
+    if best:
+        network.load_state_dict({**network.state_dict(), **best})
     return Fit(pd.DataFrame(history), before + time.monotonic() - began, watched)
+
+
+def listed(scores):
+    """One score, or several, as a list."""
+    return list(scores) if isinstance(scores, (list, tuple)) else [scores]
 
 
 def draw_indices(count, batch, generator):
@@ -183,7 +194,7 @@ def train_segmentation(experiment, network, images, masks, *, steps, peak, label
             batch, target = augment(batch, target, generator, settings.augmentation, data.symmetric)
         with numerics.autocast():
             prediction = network.segment(batch)
-        return {"loss": soft_dice_loss(prediction, target)}
+        return {"loss": soft_dice_loss(prediction, target, experiment.pooled)}
 
     key = fingerprint(experiment.origin, "segmentation", options, names, steps, peak, weights_digest(network),
                       sums_of(images, masks))

@@ -19,7 +19,8 @@ class VolumeCohort(Cohort):
         positions: ``(slices,)`` float32 along the axis, 0 the first slice of its volume, 1 the last.
         ranks: ``(slices,)`` place of the slice's subject in the order in which subjects are labelled.
         shapes: ``(volumes, 3)`` original height, width and slices, in the order in which the volumes stand.
-        truth: ``(voxels,)`` uint8, the original labels of all volumes one after another, slices first.
+        truth: ``(voxels,)`` uint8, the original labels of those volumes that do not train, which alone are scored
+            by them, one after another, slices first.
     """
 
     volumes: np.ndarray
@@ -48,15 +49,26 @@ class VolumeCohort(Cohort):
         """How many subjects these slices are from: the tables' n_labelled."""
         return len(np.unique(self.subjects[np.asarray(index)]))
 
+    def firsts(self):
+        """Indices of the first slices of all volumes in the order in which they stand."""
+        return np.sort(np.unique(self.volumes, return_index=True)[1])
+
     def names(self):
         """Ids of all volumes in the order in which they stand."""
-        return self.volumes[np.sort(np.unique(self.volumes, return_index=True)[1])]
+        return self.volumes[self.firsts()]
 
     def original(self, number):
-        """Labels of the volume at place ``number``: ``(slices, height, width)`` uint8."""
+        """Labels of the volume at place ``number``: ``(slices, height, width)`` uint8.
+
+        Raises:
+            ValueError: it is a training volume.
+        """
+        sizes = np.where(self.split[self.firsts()] == "train", 0, self.shapes.prod(axis=1))
+        if not sizes[number]:
+            raise ValueError(f"{self.names()[number]} trains: its original labels are not kept")
         height, width, slices = self.shapes[number]
-        start = int(self.shapes[:number].prod(axis=1).sum())
-        return self.truth[start : start + height * width * slices].reshape(slices, height, width)
+        start = sizes[:number].sum()
+        return self.truth[start : start + sizes[number]].reshape(slices, height, width)
 
     def matches(self, index, sources):
         """For every slice, of every volume among ``sources`` the slice that lies nearest along the axis.
@@ -150,6 +162,7 @@ def assemble(name, title, volumes, classes, size):
         classes: name of every foreground class.
         size: side of the resized slices.
     """
+    tested = [labels for _, _, split, *_, labels in volumes if split != "train"]
     columns = {key: [] for key in ("images", "labels", "subjects", "split", "volumes", "positions", "ranks")}
     for volume, subject, split, rank, image, labels in volumes:
         count = len(image)
@@ -161,6 +174,6 @@ def assemble(name, title, volumes, classes, size):
     return VolumeCohort(
         name=name, title=title, classes=classes, symmetric=False, pixel_mm=1.0,
         shapes=np.array([(*image.shape[1:], len(image)) for *_, image, _ in volumes]),
-        truth=np.concatenate([labels.astype(np.uint8).ravel() for *_, labels in volumes]),
+        truth=np.concatenate([labels.astype(np.uint8).ravel() for labels in tested]),
         **{key: np.concatenate(parts) for key, parts in columns.items()},
     )

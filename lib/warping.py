@@ -1,4 +1,4 @@
-"""Displacement fields: warping, resizing, composing, inverting and measuring them.
+"""Displacement fields: warping, resizing, composing and measuring them.
 
 A displacement ``D`` maps target coordinates to source coordinates: the warped source at pixel ``x`` is the
 source sampled at ``x + D(x)`` (P1, section 2.3, the function f_D). Contract: ``warp(source, D)`` lies on the
@@ -56,14 +56,6 @@ def upsample_displacement(displacement):
 def compose(first, second):
     """The displacement of warping by ``first`` and then by ``second``: x + second(x) + first(x + second(x))."""
     return second + warp(first, second)
-
-
-def invert(displacement, iterations=30):
-    """The inverse displacement, by fixed-point iteration; valid where the field does not fold."""
-    inverse = torch.zeros_like(displacement)
-    for _ in range(iterations):
-        inverse = -warp(displacement, inverse)
-    return inverse
 
 
 def jacobian_determinant(displacement):

@@ -31,6 +31,27 @@ def test_soft_dice_of_empty_masks_is_zero_and_differentiable():
     assert float(loss) == pytest.approx(0) and torch.isfinite(prediction.grad).all()
 
 
+def test_pooled_soft_dice_of_a_hand_computed_case():
+    prediction = torch.tensor([[0.5, 0.5], [1.0, 0.0]]).reshape(2, 1, 1, 2)
+    target = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).reshape(2, 1, 1, 2)
+    pooled = losses.soft_dice_loss(prediction, target, pooled=True)
+    assert float(pooled) == pytest.approx(1 - 2 * 0.5 / (0.5 + 1 + 1 + 0), abs=1e-4)
+    single = losses.soft_dice_loss(prediction, target)
+    assert float(single) == pytest.approx(((1 - 2 * 0.5 / (0.5 + 1)) + 1) / 2, abs=1e-4)
+    assert torch.equal(losses.soft_dice_loss(prediction[:1], target[:1], pooled=True),
+                       losses.soft_dice_loss(prediction[:1], target[:1]))
+
+
+def test_an_image_without_the_class_learns_from_pooled_soft_dice():
+    target = torch.cat((disc(), torch.zeros_like(disc())))
+    slopes = {}
+    for pooled in (True, False):
+        prediction = torch.full_like(target, 0.3, requires_grad=True)
+        losses.soft_dice_loss(prediction, target, pooled).backward()
+        slopes[pooled] = prediction.grad[1]
+    assert (slopes[True] > 1e-4).all() and slopes[False].abs().max() < 1e-8
+
+
 def test_gncc_is_invariant_to_gain_and_offset():
     first, second = torch.rand(4, 1, 20, 20), torch.rand(4, 1, 20, 20)
     assert torch.allclose(losses.gncc(3 * first + 2, 0.5 * second - 1), losses.gncc(first, second), atol=1e-5)

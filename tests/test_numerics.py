@@ -2,8 +2,9 @@
 
 import pytest
 
-from lib import experiment, joint_plus, mean_teacher, params, rounds, training, versions
+from lib import cctr, correspondence, experiment, joint_plus, mean_teacher, params, rounds, training, versions
 from test_training import made_up_cohort
+from test_volumes import made_up_volumes
 
 # Of every stage the loss of the first step and the mean over all; of joint stages also the DSC of both networks on
 # the unlabelled images in the end.
@@ -19,6 +20,18 @@ KNOWN = {
             "mean_teacher": [0.74634, 0.38492], "joint": [0.18024, 0.33195, 0.76380, 0.44110],
             "joint_plus": [0.55114, 0.30772, 0.84164, 0.59762],
         },
+    },
+}
+# Of a cohort of volumes; CCT-R by its parts, and the DSC of both networks on the validation images in the end.
+KNOWN_OF_VOLUMES = {
+    "pooled Dice/positives in every volume": {
+        "segmentation": [0.75941, 0.59964],
+        "registration": [0.19777, 0.15181],
+        "mean_teacher": [0.79035, 0.62300],
+        "joint": [0.49462, 0.38491],
+        "joint_plus": [0.15578, 0.32283],
+        "warped labels": [0.67347, 0.68374],
+        "cctr": [5.86763, 4.82155, 2.87197, 1.21774, 1.09071, 4.39445, 4.20741, 0.50204, 0.47303],
     },
 }
 
@@ -46,4 +59,26 @@ def test_the_same_settings_give_the_numbers_that_the_names_stand_for(recipe, tmp
         found[stage] = [*summary(history), last["dsc_segmentation"], last["dsc_registration"]]
     names = f"{versions.NUMERICS}/{versions.MEAN_TEACHER}/{versions.JOINT_PLUS}"
     for stage, numbers in KNOWN[names][recipe].items():
+        assert found[stage] == pytest.approx(numbers, rel=1e-2), stage
+
+
+def test_cohorts_of_volumes_give_the_numbers_that_the_names_stand_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    settings = params.load("strong", cohort="acdc", seed=1, rate=50)
+    settings |= {"device": "cpu", "precision": "float32"}
+    settings.segmentation |= {"epochs": 20, "max_steps": 20}
+    settings.cctr |= {"steps": 20, "batch": 4, "threshold": 0.4}  # untrained networks are sure of little
+    made_up_volumes().save(experiment.cohort_file(settings))
+    trial = experiment.Experiment(settings)
+    found = {"segmentation": summary(training.pretrain_segmentation(trial)[1].history),
+             "registration": summary(training.pretrain_registration(trial)[1].history),
+             "mean_teacher": summary(mean_teacher.train_mean_teacher(trial)[1].history),
+             "joint": summary(rounds.joint_rounds(trial).history),
+             "joint_plus": summary(joint_plus.joint_plus_rounds(trial).history)}
+    correspond = correspondence.stored_registration(trial)
+    found["warped labels"] = correspondence.registration_scores(trial, correspond)["mean"].tolist()
+    history = cctr.train_cctr(trial, correspond)[1].history
+    found["cctr"] = [*summary(history), *history[["supervised", "cross", "rsl", "contrast", "reps"]].mean(),
+                     *history[["validation", "validation second"]].iloc[-1]]
+    for stage, numbers in KNOWN_OF_VOLUMES[f"{versions.VOLUMES}/{versions.CCTR}"].items():
         assert found[stage] == pytest.approx(numbers, rel=1e-2), stage

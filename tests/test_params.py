@@ -44,6 +44,17 @@ def test_the_paper_scale_and_recipe_are_the_papers(monkeypatch):
     assert settings.segmentation.normalisation == settings.registration.normalisation == "none"
 
 
+@pytest.mark.parametrize(("assignment", "variant", "words"), [
+    ("coverage.choose=true", None, "for `variants` alone"),
+    ("cohort=acdc", "labelled by coverage", "acdc is labelled by patient"),
+    ("cctr.recipes=[paper]", None, "cctr.recipes .* may name strong alone"),
+])
+def test_what_makes_no_sense_is_refused(monkeypatch, assignment, variant, words):
+    monkeypatch.setenv("JOINT_SET", assignment)
+    with pytest.raises(ValueError, match=words):
+        params.load(variant=variant)
+
+
 def test_the_baseline_runs_beside_the_recipe():
     assert params.recipes(params.Section(recipe="strong", baseline="paper")) == ["paper", "strong"]
     assert params.recipes(params.Section(recipe="strong", baseline="strong")) == ["strong"]

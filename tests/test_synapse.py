@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from lib import data, params, synapse
+from test_volumes import refused
 
 
 def organs(seed, slices):
@@ -54,12 +55,9 @@ def spoil_slice(folder, **changes):
 ])
 def test_bad_input_is_named(settings, tmp_path, spoil, words):
     spoil(tmp_path)
-    with pytest.raises(data.DataError, match=words):
-        synapse.build(settings)
+    refused(synapse.build, settings, words)
 
 
 def test_too_few_cases_and_a_missing_folder_say_what_to_do(settings, tmp_path):
-    with pytest.raises(data.DataError, match="lower synapse.validation"):
-        synapse.build(params.Section({**settings, "validation": 3}))
-    with pytest.raises(data.DataError, match="register at"):
-        synapse.build(params.Section({**settings, "folder": str(tmp_path / "nowhere")}))
+    refused(synapse.build, params.Section({**settings, "validation": 3}), "lower synapse.validation")
+    refused(synapse.build, params.Section({**settings, "folder": str(tmp_path / "nowhere")}), "register at")

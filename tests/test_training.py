@@ -105,7 +105,7 @@ def test_several_classes_from_training_to_tables_by_every_method(trial):
 
 SCRIPT = """
 import sys
-from lib import experiment, joint_plus, mean_teacher, params, rounds, training
+from lib import cctr, correspondence, experiment, joint_plus, mean_teacher, params, rounds, training
 training.CHECKPOINT_SECONDS = 0
 trial = experiment.Experiment(params.load("strong"))
 trial.settings.segmentation |= {"epochs": 80, "max_steps": 80}
@@ -114,6 +114,8 @@ training.pretrain_registration(trial)
 rounds.joint_rounds(trial)
 mean_teacher.train_mean_teacher(trial)
 joint_plus.joint_plus_rounds(trial)
+trial.settings.cctr |= {"steps": 30, "batch": 4, "watched": 4}
+cctr.train_cctr(trial, correspondence.stored_registration(trial))
 """
 
 
@@ -141,11 +143,11 @@ def test_a_stopped_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatc
         monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / name))
         made_up_cohort().save(experiment.cohort_file(params.load("strong")))
     run_script(tmp_path / "whole")
-    for checkpoints, number in (2, signal.SIGKILL), (5, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGKILL):
+    for checkpoints, number in (2, signal.SIGKILL), (5, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGKILL), (5, signal.SIGKILL):
         run_script(tmp_path / "killed", checkpoints, number)
     run_script(tmp_path / "killed")
     models = [sorted((tmp_path / name / "work" / "models").rglob("*.pt")) for name in ("whole", "killed")]
-    assert len(models[0]) == 7 and [f.name for f in models[0]] == [f.name for f in models[1]]
+    assert len(models[0]) == 8 and [f.name for f in models[0]] == [f.name for f in models[1]]
     assert [f.read_bytes() for f in models[0]] == [f.read_bytes() for f in models[1]]
 
 
@@ -179,6 +181,24 @@ def test_a_loss_that_is_not_finite_stops_with_a_message(trial):
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         training.fit(network, lambda generator, step: {"loss": network.weight.sum() * math.nan}, steps=20, peak=0.1,
                      schedule="constant", weight_decay=0, generator=torch.Generator(), key="nan", label="made up")
+
+
+def test_every_part_of_a_network_is_kept_where_it_was_best_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    network = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1) for name in ("first", "second")})
+    scores, seen = iter([[0.1, 0.9], [0.5, 0.2], [0.3, 0.4]]), []
+
+    def validate(trained):
+        seen.append({name: value.clone() for name, value in trained.state_dict().items()})
+        return next(scores)
+
+    found = training.fit(
+        network, lambda generator, step: {"loss": sum(value.sum() for value in network.parameters())}, steps=30,
+        peak=0.1, schedule="constant", weight_decay=0, generator=torch.Generator(), key="parts", label="made up",
+        validate=validate, checks=3, parts=("first", "second"))
+    assert all(torch.equal(value, seen[1 if name.startswith("first") else 0][name])
+               for name, value in network.state_dict().items())
+    assert found.history["validation second"].dropna().tolist() == [0.9, 0.2, 0.4]
 
 
 def test_the_one_cycle_schedule_rises_and_falls():

@@ -8,6 +8,14 @@ def smooth_displacement(size=48, amplitude=2.0, seed=0):
     return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
 
 
+def invert(displacement, iterations=30):
+    """The inverse displacement, by fixed-point iteration; valid where the field does not fold."""
+    inverse = torch.zeros_like(displacement)
+    for _ in range(iterations):
+        inverse = -warping.warp(displacement, inverse)
+    return inverse
+
+
 def smooth_image(size=48):
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     return (0.5 + 0.25 * torch.sin(rows / 6) + 0.25 * torch.cos(columns / 5)).expand(2, 1, size, size)
@@ -35,7 +43,7 @@ def test_a_translated_mask_keeps_its_area():
 
 def test_warp_and_inverse_nearly_cancel():
     displacement, image = smooth_displacement(), smooth_image()
-    inverse = warping.invert(displacement)
+    inverse = invert(displacement)
     inside = (..., slice(8, -8), slice(8, -8))
     back = warping.warp(warping.warp(image, displacement), inverse)
     assert (back - image)[inside].abs().max() < 0.02
@@ -79,7 +87,7 @@ def test_a_mirror_folds_everywhere():
 
 def test_a_field_and_its_inverse_are_consistent():
     there = smooth_displacement()
-    assert warping.inverse_consistency_error(there, warping.invert(there)).max() < 0.15
+    assert warping.inverse_consistency_error(there, invert(there)).max() < 0.15
     assert torch.equal(warping.inverse_consistency_error(0 * there, 0 * there), torch.zeros(2))
 
 

@@ -1,0 +1,110 @@
+"""Correspondence of the labelled volumes and the unlabelled ones by registration, found once before CCT-R (P2)."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lib.evaluation import dice
+from lib.experiment import load_pretrained_registration, resume, save_atomically
+from lib.losses import gncc
+from lib.params import fingerprint, work_folder
+from lib.refinement import Refined
+from lib.training import sums_of, weights_digest
+from lib.versions import CCTR
+from lib.warping import pixel_grid, warp
+
+
+class Correspondence(NamedTuple):
+    """What every unlabelled image corresponds to: in the best registered labelled volume, and in all of them."""
+
+    sources: torch.Tensor  # (n,) position among the labelled images of that in the best volume
+    fields: torch.Tensor  # (n, 2, height, width) its displacement
+    partners: torch.Tensor  # (n, volumes) position among the labelled images of that in every volume
+    places: torch.Tensor  # (n, volumes, 2, h, w) where in it every feature of the image lies, in pixels
+
+    def masks(self, masks):
+        """Masks of the best labelled images, warped onto the unlabelled ones."""
+        return warp(masks[self.sources], self.fields)
+
+
+@torch.no_grad()
+def register_labelled(experiment, network):
+    """Every labelled volume registered to every unlabelled one; the best is the most similar after registration.
+
+    Slices are registered one by one, each to the slice of the labelled volume that lies nearest along the axis; the
+    similarity of two volumes is the mean GNCC over the slices. Where images are not from volumes each stands alone.
+
+    Args:
+        experiment: Experiment. Section ``cctr`` of its settings gives the stride of the features.
+        network: MrRegNet, or refinement.Refined.
+
+    Returns:
+        Correspondence.
+    """
+    network.eval()
+    data, numerics, cohort = experiment.data, experiment.numerics, experiment.cohort
+    matches = experiment.matches(data.unlabelled)
+    if matches is None:
+        matches = torch.arange(len(data.labelled), device=data.labelled.device).expand(len(data.unlabelled), -1)
+    volumes = getattr(cohort, "volumes", np.arange(len(cohort.images)))[data.unlabelled.cpu()]
+    members = data.as_index(np.unique(volumes, return_inverse=True)[1])
+    size = numerics.batch(data.images)
+    grid, stride = pixel_grid(*data.images.shape[-2:], data.images.device), experiment.settings.cctr.stride
+    best, chosen, fields, places = None, None, None, []
+    for candidate in tqdm(matches.T, desc="registering labelled images", unit="volume"):
+        parts, similar = [], []
+        for index, sources in zip(data.unlabelled.split(size), candidate.split(size)):
+            source, target = data.images[data.labelled[sources]], data.images[index]
+            with numerics.autocast():
+                parts.append(network.register(source, target))
+            similar.append(gncc(warp(source, parts[-1]), target))
+        found, similar = torch.cat(parts), torch.cat(similar)
+        places.append(F.avg_pool2d(grid + found, stride))
+        total = torch.zeros(int(members.max()) + 1, device=similar.device).index_add(0, members, similar)
+        mean = (total / torch.bincount(members))[members]
+        if best is None:
+            best, chosen, fields = mean, candidate.clone(), found
+            continue
+        better = mean > best
+        best, chosen = torch.where(better, mean, best), torch.where(better, candidate, chosen)
+        fields = torch.where(better[:, None, None, None], found, fields)
+    return Correspondence(chosen, fields, matches, torch.stack(places, dim=1))
+
+
+def stored_registration(experiment):
+    """``register_labelled`` by the pre-trained network, computed once for all variants of CCT-R.
+
+    The file under work/checkpoints is named by a fingerprint of what the fields depend on and holds a checksum of
+    them; one that does not fit is made anew.
+    """
+    settings, data = experiment.settings, experiment.data
+    network = load_pretrained_registration(experiment)
+    if settings.cctr.refine:
+        network = Refined(network, settings.joint_plus.refinement)
+    key = fingerprint(experiment.origin, CCTR, "registered", weights_digest(network), data.labelled.tolist(),
+                      settings.cctr.stride, settings.cctr.refine and settings.joint_plus.refinement)
+    file = work_folder("checkpoints", f"{key}.pt")
+    saved = resume(file, key, data.images.device)
+    if saved and saved["checksums"] == sums_of(*saved["registered"]):
+        return Correspondence(*saved["registered"])
+    found = register_labelled(experiment, network)
+    save_atomically({"fingerprint": key, "registered": list(found), "checksums": sums_of(*found)}, file)
+    return found
+
+
+def registration_scores(experiment, correspondence):
+    """How good the warped labels of the unlabelled images are, as a frame: mean DSC per class, and how many slices.
+
+    The true masks of unlabelled images are used for these figures alone.
+    """
+    data = experiment.data
+    truth, masks = data.masks[data.unlabelled], data.masks[data.labelled]
+    scores = {"before registration": dice(masks[correspondence.sources], truth),
+              "warped labels": dice(correspondence.masks(masks), truth)}
+    frame = pd.DataFrame({name: found.mean(0).tolist() for name, found in scores.items()},
+                         index=list(experiment.cohort.classes)).T
+    return frame.assign(mean=frame.mean(axis=1), slices=len(truth))
