@@ -24,8 +24,8 @@ from lib.models import ResidualUNet
 from lib.store import Store
 from test_own import fill, scan
 
-SMALL = {"scale": "smoke", "scales.smoke.folder.size": 32, "scales.smoke.segmentation.max_steps": 2, "pseudo_masks.n": 1,
-         "scales.smoke.joint_plus.segmentation_epochs": 1, "joint_plus.refine": False, "joint_plus.pairs_per_image": 1,
+SMALL = {"scale": "smoke", "scales.smoke.folder.size": 32, "scales.smoke.segmentation.max_steps": 2,
+         "pseudo_masks.n": 1, "scales.smoke.joint_plus.segmentation_epochs": 1, "joint_plus.refine": False, "joint_plus.pairs_per_image": 1,
          "segmentation.batch": 2, "registration.batch": 2, "joint_plus.batch": 3}
 
 
@@ -194,8 +194,8 @@ def memory(monkeypatch):
 
     def crowded(network, images, *more):
         if len(images) > Memory.most:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried "
-                               "to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)")
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you "
+                               "tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)")
         return forward(network, images, *more)
 
     monkeypatch.setattr(ResidualUNet, "forward", crowded)

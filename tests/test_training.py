@@ -117,10 +117,16 @@ joint_plus.joint_plus_rounds(trial)
 """
 
 
+def heed_interrupts():
+    """A process whose parent runs in the background would ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_script(folder, kill_after=None, number=None):
     """Run SCRIPT; where ``kill_after`` is given, send it the signal ``number`` after so many new checkpoints."""
     environment = {**os.environ, "JOINT_OUTPUT": str(folder), "PYTHONPATH": str(params.ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_interrupts)
     if kill_after is not None:
         seen, limit = set(), time.monotonic() + 120
         while len(seen) < kill_after and process.poll() is None and time.monotonic() < limit:
