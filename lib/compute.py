@@ -16,7 +16,7 @@ def best_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device '{name}' is asked for in params.yaml, but torch sees no GPU: set device: auto")
+        raise DataError(f"device '{name}' is asked for in params.yaml, but torch sees no GPU: set device: auto")
     return torch.device(name)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 from pathlib import Path
+from zipfile import ZipFile
 
 import pandas as pd
 import torch
@@ -139,6 +140,9 @@ def load_saved(file, device):
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: run the notebook of the stage before this one, or `dvc repro`")
     try:
+        with ZipFile(file) as archive:  # whose checksums torch writes, but does not look at
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it has changed since it was written")
         return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # zip, pickle and tensor errors all mean a file that is not whole or not ours
         raise ValueError(f"{file} cannot be loaded ({error}): delete it and run its stage again") from error

@@ -107,5 +107,6 @@ def load_model(file):
         if about.pop("checksum", None) != checksum(about, networks):
             raise ValueError("it has changed since it was written")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise DataError(f"{file} is a model file whose content does not fit ({error}): train again, or copy it again") from error
+        raise DataError(f"{file} is a model file whose content does not fit ({error}): train again, or copy it "
+                        "again") from error
     return Model(networks, about)

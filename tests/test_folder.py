@@ -217,9 +217,10 @@ def spoilt(draw):
             fields[name][draw(st.integers(0, fields[name].size - 1))] = np.array(draw(odd)).astype(fields[name].dtype)
         else:
             fields[name] = np.array(draw(odd)).astype(fields.dtype[name])
-    voxels = np.frombuffer(draw(st.binary(min_size=120 * np.dtype(kind).itemsize, max_size=120 * np.dtype(kind).itemsize))
-                           if draw(st.booleans()) else np.arange(120).astype(kind).tobytes(), np.uint8)
-    content = bytearray(fields.tobytes() + bytes(4) + voxels.tobytes())
+    voxels = np.arange(120).astype(kind).tobytes()
+    if draw(st.booleans()):
+        voxels = draw(st.binary(min_size=len(voxels), max_size=len(voxels)))
+    content = bytearray(fields.tobytes() + bytes(4) + voxels)
     places = st.tuples(st.floats(0, 0.999), st.integers(1, 255))
     for place, value in draw(st.lists(places, max_size=2)):
         content[int(place * len(content))] ^= value

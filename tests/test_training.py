@@ -119,10 +119,16 @@ cctr.train_cctr(trial, correspondence.stored_registration(trial))
 """
 
 
+def heed_interrupts():
+    """A process whose parent runs in the background would ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_script(folder, kill_after=None, number=None):
     """Run SCRIPT; where ``kill_after`` is given, send it the signal ``number`` after so many new checkpoints."""
     environment = {**os.environ, "JOINT_OUTPUT": str(folder), "PYTHONPATH": str(params.ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_interrupts)
     if kill_after is not None:
         seen, limit = set(), time.monotonic() + 120
         while len(seen) < kill_after and process.poll() is None and time.monotonic() < limit:
@@ -143,7 +149,8 @@ def test_a_stopped_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatc
         monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / name))
         made_up_cohort().save(experiment.cohort_file(params.load("strong")))
     run_script(tmp_path / "whole")
-    for checkpoints, number in (2, signal.SIGKILL), (5, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGKILL), (5, signal.SIGKILL):
+    kill = signal.SIGKILL
+    for checkpoints, number in (2, kill), (5, signal.SIGTERM), (3, signal.SIGINT), (4, kill), (5, kill):
         run_script(tmp_path / "killed", checkpoints, number)
     run_script(tmp_path / "killed")
     models = [sorted((tmp_path / name / "work" / "models").rglob("*.pt")) for name in ("whole", "killed")]
