@@ -303,7 +303,8 @@ def trained(settings, store, intake, output):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
     others = "grid", "folder", "cctr", "baseline", *params.CHOICES["cohort"]
     relevant = {key: value for key, value in settings.items() if key not in others}
-    options = {name: settings.folder[name] for name in ("axis", "size", "slices", "symmetric", "unlabelled", "labelled")}
+    names = ("axis", "size", "slices", "symmetric", "unlabelled", "labelled", "degraded_views", "degradation", "licence")
+    options = {name: settings.folder[name] for name in names}
     prints = [store.index[case.name]["fingerprint"] for case in intake.cases]
     key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, JOINT_PLUS)
     file = output / "model.safetensors"
