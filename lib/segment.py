@@ -22,7 +22,8 @@ def stop(number, _):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m lib.segment", description="Masks for a folder of scans, from masks for a few of them.")
+    description = "Masks for a folder of scans, from masks for a few of them."
+    parser = argparse.ArgumentParser(prog="python -m lib.segment", description=description)
     parser.add_argument("images", help="folder of NIfTI images")
     parser.add_argument("output", help="folder for masks, confidence maps, cases.csv and the model")
     parser.add_argument("--masks", default="", help="folder of masks for some of the images")
