@@ -38,32 +38,32 @@ def dice(prediction, truth):
     return torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0)
 
 
-def hausdorff(prediction, truth, percentile=None, spacing=None):
-    """Hausdorff distance per image and class, of hardened masks, in pixels or in the units of ``spacing``.
+def hausdorff(prediction, truth, spacing=None):
+    """HD and HD95 per image and class, of hardened masks, in pixels or in the units of ``spacing``.
 
     Args:
         prediction, truth: ``(batch, classes, height, width)`` in [0, 1], or volumes with a third axis.
-        percentile: 95 for HD95; None for the maximum.
         spacing: between pixels along every axis; None for 1.
 
     Returns:
-        ``(batch, classes)``; 0 where both masks are empty, the image's diagonal where one is.
+        Two tensors ``(batch, classes)``: the largest distance between both outlines, and the 95th percentile of the
+        distances from one to the other, the larger of both ways. 0 where both masks are empty, the image's diagonal
+        where one is.
     """
-    from monai.metrics import compute_hausdorff_distance  # takes seconds, which stages that only train need not wait
+    from monai.metrics.utils import get_edge_surface_distance  # takes seconds, which stages that only train need not wait
 
     prediction, truth = harden(prediction).cpu(), harden(truth).cpu()
     filled = prediction.flatten(2).any(2), truth.flatten(2).any(2)
-    distance = torch.zeros(filled[0].shape, dtype=torch.float64)
+    hd, hd95 = torch.zeros(2, *filled[0].shape, dtype=torch.float64)
     sides = zip(truth.shape[2:], spacing or [1] * (truth.ndim - 2))
-    distance[filled[0] != filled[1]] = math.hypot(*((side - 1) * unit for side, unit in sides))
-    both = filled[0] & filled[1]
-    images = both.any(dim=1)
-    if images.any():
-        scores = compute_hausdorff_distance(
-            prediction[images], truth[images], include_background=True, percentile=percentile, spacing=spacing
-        ).to(distance)
-        distance[images] = torch.where(both[images], scores, distance[images])
-    return distance
+    hd[filled[0] != filled[1]] = math.hypot(*((side - 1) * unit for side, unit in sides))
+    hd95.copy_(hd)
+    for image, label in (filled[0] & filled[1]).nonzero().tolist():
+        _, distances, _ = get_edge_surface_distance(prediction[image, label].float(), truth[image, label].float(),
+                                                    spacing=spacing, symmetric=True)
+        hd[image, label] = max(float(found.max()) for found in distances)
+        hd95[image, label] = max(float(found.quantile(0.95)) for found in distances)
+    return hd, hd95
 
 
 def score(prediction, truth, classes, spacing=None):
@@ -79,12 +79,8 @@ def score(prediction, truth, classes, spacing=None):
         of the two masks has no pixel.
     """
     empty = harden(prediction).flatten(2).any(2) != harden(truth).flatten(2).any(2)
-    columns = {
-        "dsc": dice(prediction, truth),
-        "hd": hausdorff(prediction, truth, spacing=spacing),
-        "hd95": hausdorff(prediction, truth, percentile=95, spacing=spacing),
-        "empty": empty,
-    }
+    hd, hd95 = hausdorff(prediction, truth, spacing)
+    columns = {"dsc": dice(prediction, truth), "hd": hd, "hd95": hd95, "empty": empty}
     rows = {name: values.cpu().numpy().ravel() for name, values in columns.items()}
     images = np.repeat(np.arange(len(truth)), len(classes))
     return pd.DataFrame({"image": images, "class": list(classes) * len(truth), **rows})

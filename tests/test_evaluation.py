@@ -19,14 +19,16 @@ def squares(*boxes, size=20):
 def test_dsc_and_hd_of_a_hand_computed_case():
     truth, prediction = squares((2, 2, 4)), squares((2, 4, 4))  # shifted by two columns: half of each overlaps
     assert float(evaluation.dice(prediction, truth)) == pytest.approx(0.5)
-    assert float(evaluation.hausdorff(prediction, truth)) == pytest.approx(2)
+    assert float(evaluation.hausdorff(prediction, truth)[0]) == pytest.approx(2)
+    assert float(evaluation.hausdorff(prediction, truth, spacing=(1.0, 3.0))[0]) == pytest.approx(6)
 
 
 def test_empty_masks():
     truth, prediction = squares(None, (2, 2, 4), None, (2, 2, 4)), squares(None, None, (2, 2, 4), (2, 2, 4))
     assert evaluation.dice(prediction, truth).ravel().tolist() == [1, 0, 0, 1]
     diagonal = math.hypot(19, 19)
-    assert evaluation.hausdorff(prediction, truth).ravel().tolist() == pytest.approx([0, diagonal, diagonal, 0])
+    for distance in evaluation.hausdorff(prediction, truth):
+        assert distance.ravel().tolist() == pytest.approx([0, diagonal, diagonal, 0])
     scores = evaluation.score(prediction, truth, ["square"])
     assert scores["empty"].tolist() == [False, True, True, False]
 
