@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 ACTIVATE = . .venv/bin/activate
 
-.PHONY: repro test segment lab bench
+.PHONY: repro demonstration test segment lab bench
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -11,6 +11,9 @@ ACTIVATE = . .venv/bin/activate
 
 repro: .venv/ready
 	$(ACTIVATE) && dvc repro
+
+demonstration: .venv/ready
+	$(ACTIVATE) && dvc repro demonstration/dvc.yaml
 
 test: .venv/ready
 	$(ACTIVATE) && pytest --nbval-lax --nbval-current-env notebooks tests

@@ -171,9 +171,10 @@ def test_without_a_front_end_there_is_a_still_picture(tmp_path):
 
 @pytest.fixture
 def lab(trial, tmp_path):
-    """Address of JupyterLab on a copy of notebook 6, which works on the trial's output."""
+    """Address of JupyterLab on copies of the notebooks with a viewer, which work on the trial's output."""
     (tmp_path / "notebooks").mkdir()
-    shutil.copy(params.ROOT / "notebooks" / "06_joint_plus.ipynb", tmp_path / "notebooks")
+    for name in ("06_joint_plus", "11_own_data"):
+        shutil.copy(params.ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "notebooks")
     for name in ("lib", "params.yaml"):
         (tmp_path / name).symlink_to(params.ROOT / name)
     for name, value in (("notebook-extension/tracker", {"windowingMode": "none"}),  # all cells are on the page
@@ -230,7 +231,7 @@ def browser(tmp_path):
 
 
 class Page:
-    """Notebook 6 in the browser, and the viewer in it."""
+    """A notebook in the browser, and the viewer in it."""
 
     STATUS = ".viewer-status"
     BYTES = """
@@ -242,9 +243,9 @@ class Page:
         });
     """
 
-    def __init__(self, browser, address):
+    def __init__(self, browser, address, notebook):
         self.browser = browser
-        browser.get(f"{address}/doc/tree/notebooks/06_joint_plus.ipynb")
+        browser.get(f"{address}/doc/tree/notebooks/{notebook}.ipynb")
         self.wait(lambda: browser.execute_script(
             "const page = window.jupyterapp?.shell.currentWidget; return page?.context?.isReady && "
             "page.sessionContext.isReady && page.sessionContext.session?.kernel?.connectionStatus == 'connected'"))
@@ -289,15 +290,37 @@ def distance(*pictures):
     return np.abs(first - second).mean() if first.shape == second.shape else np.inf
 
 
+BROWSER = pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")),
+                             reason="there is no chromium or no chromedriver: apt-get install chromium chromium-driver")
+
+
 @pytest.mark.browser
-@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")),
-                    reason="there is no chromium or no chromedriver: apt-get install chromium chromium-driver")
+@BROWSER
+def test_own_scans_are_looked_at_round_by_round_in_jupyterlab(trial, lab, browser, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    page = Page(browser, lab, "11_own_data")
+    page.wait(lambda: "round result: prediction" in page.text(page.STATUS), seconds=180)  # trained and segmented
+    seen = [page.picture()]
+    browser.find_element("css selector", ".jupyter-widgets select").send_keys(Keys.TAB)
+    page.press(Keys.TAB)  # from the slider of the cases to that of the rounds, as a scan has one slice
+    for number in "10":
+        page.press(Keys.ARROW_LEFT)
+        page.wait(lambda: f"round {number}: prediction" in page.text(page.STATUS), seconds=20)
+        page.wait(lambda: all(distance(page.picture(), other) > 0.001 for other in seen), seconds=20)
+        seen.append(page.picture())
+    browser.save_screenshot(str(tmp_path / "own.png"))
+    assert "Traceback" not in page.text(".jp-Notebook")
+
+
+@pytest.mark.browser
+@BROWSER
 def test_the_keyboard_moves_the_viewer_in_jupyterlab(trial, lab, browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     expected = viewer.experiment_viewer(trial, torch.cat((trial.data.unlabelled, trial.data.validation)))
     layers = expected.layer.options
-    page = Page(browser, lab)
+    page = Page(browser, lab, "06_joint_plus")
     page.check(expected, seconds=120)  # every cell has run
     browser.find_element("css selector", ".jupyter-widgets select").send_keys(Keys.TAB)  # on to the slider of the cases
     for control, value, keys in (
