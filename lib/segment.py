@@ -15,9 +15,14 @@ from lib.model_file import load_model
 from lib.own import segment_folder
 from lib.review import Review
 
+AGAIN = 2  # seconds after which a signal that had no effect is raised again
+
 
 def stop(number, _):
     """What a signal does: what is being written is discarded, what is finished stays. The status is the shell's own."""
+    # Python discards an exception that is raised while a destructor runs: it is raised again until it gets through.
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(128 + number))
+    signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
     sys.exit(128 + number)
 
 
@@ -39,23 +44,31 @@ def main():
         sys.exit(f"error: {error}")
     settings.folder |= {"images": given.images, "masks": given.masks, "model": given.model, "output": given.output}
     try:
-        table = segment_folder(settings)
+        failed = segment(settings)
     except (DataError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except SystemExit as stopped:  # reported here: a bar may just be writing where a signal arrives
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(f"\nstopped by {signal.Signals(stopped.code - 128).name}: the same command goes on from here",
               file=sys.stderr)
         raise
-    review = Review(settings, table, load_model(given.model or Path(given.output) / "model.safetensors"))
+    sys.exit(1 if failed else 0)
+
+
+def segment(settings):
+    """Masks, pictures and the summary; returns how many cases failed."""
+    output = Path(settings.folder.output)
+    table = segment_folder(settings)
+    review = Review(settings, table, load_model(settings.folder.model or output / "model.safetensors"))
     if len(review.table):
         for figure, name in (review.predictions(), "confidence.png"), (review.contact_sheet(), "least_certain.png"):
-            figure.savefig(Path(given.output) / name, dpi=110)
+            figure.savefig(output / name, dpi=110)
     failed = table[table["status"] == "failed"]
     for row in failed.itertuples():
         print(f"failed: {row.case}: {row.note}", file=sys.stderr)
     print(f"{len(table) - len(failed)} of {len(table)} cases are segmented, {int(table['review'].sum())} to be reviewed: "
-          f"{Path(given.output) / 'cases.csv'}")
-    sys.exit(1 if len(failed) else 0)
+          f"{output / 'cases.csv'}")
+    return len(failed)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,36 @@ def test_a_run_stopped_in_every_stage_ends_with_the_same_bytes(tmp_path):
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_loses_is_raised_again(tmp_path, monkeypatch, capsys):
+    """What a destructor raises is discarded: without a second attempt the run would go on as if nothing had come."""
+    class Destroyed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # the signal's handler runs here
+
+    def work(settings):
+        Destroyed()
+        came_through.append("the destructor")
+        time.sleep(30)
+        came_through.append("the stop")
+
+    came_through = []
+    monkeypatch.setattr(segment, "segment_folder", work)
+    monkeypatch.setattr(segment, "AGAIN", 0.2)
+    monkeypatch.setattr(sys, "argv", ["own", str(tmp_path), str(tmp_path / "out")])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    try:
+        with pytest.raises(SystemExit) as left:
+            segment.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert left.value.code == 128 + signal.SIGTERM and came_through == ["the destructor"]
+    assert "stopped by SIGTERM: the same command goes on from here" in capsys.readouterr().err
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
 def flipped(content):
     """One byte of a file changed, in its middle."""
     middle = len(content) // 2
