@@ -16,7 +16,7 @@ demonstration: .venv/ready
 	$(ACTIVATE) && dvc repro demonstration/dvc.yaml
 
 test: .venv/ready
-	$(ACTIVATE) && pytest --nbval-lax --nbval-current-env notebooks tests
+	$(ACTIVATE) && pytest -n auto --dist loadgroup --nbval-lax --nbval-current-env notebooks tests
 
 # make segment IMAGES=dir MASKS=dir OUT=dir [MODEL=file] [SET="key=value ..."]
 segment: .venv/ready

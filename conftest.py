@@ -3,9 +3,20 @@
 import os
 import tempfile
 
+import pytest
+
 os.environ["JOINT_OUTPUT"] = tempfile.mkdtemp(prefix="joint-test-")
 os.environ["JOINT_SET"] = "scale=smoke"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time, each on one core
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "browser: needs Chromium and its driver, and is skipped where they are missing")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Notebooks go on from one another, and tests of one file share what is costly: each on one worker."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else item.path.stem))

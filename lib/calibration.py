@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 BINS = 20
+PRIOR = 2  # cases
 MARKED = 1  # first bin that counts as marked: probabilities from 0.05
 
 
@@ -77,27 +78,35 @@ def quality_control(confidence, dsc):
 def predict_dsc(pairs, confidence):
     """The DSC that a mask of this mean confidence is likely to have, with a 95 % prediction interval.
 
-    A line through held-out cases by least squares, which may not fall as confidence rises.
+    A line through held-out cases and worse views of them by least squares, which may not fall as confidence rises. What
+    is left over is taken apart: the scatter of views of one case, of which there are many, and that of cases, of which
+    there are few. Until cases show otherwise they are taken to scatter as their views do, which counts as much as
+    PRIOR cases; with few of them the interval is wide.
 
     Args:
-        pairs: (mean confidence, DSC) of held-out cases.
+        pairs: rows of (number of the case, mean confidence, DSC).
 
     Returns:
-        (predicted, low, high), in [0, 1]; NaN where there are too few pairs: one for all, two for the interval.
+        (predicted, low, high), in [0, 1]; NaN where there are too few rows: one for all, two for the interval.
     """
     from scipy import stats  # as above
 
-    x, y = np.asarray(pairs, float).reshape(-1, 2).T
+    case, x, y = np.asarray(pairs, float).reshape(-1, 3).T
     n = len(x)
     if n == 0:
         return np.nan, np.nan, np.nan
     spread = float(((x - x.mean()) ** 2).sum())
     slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum() / spread)) if n >= 3 and spread > 0 else 0.0
     predicted = float(y.mean() + slope * (confidence - x.mean()))
-    freedom = n - 1 - (slope > 0)
+    left = pd.Series(y - y.mean() - slope * (x - x.mean())).groupby(case)
+    cases = left.ngroups
+    inner = n - cases - (slope > 0)
+    views = float(((left.obj - left.transform("mean")) ** 2).sum() / inner) if inner > 0 else 0.0
+    prior = PRIOR if inner > 0 else -(slope > 0)  # without views there are the cases alone
+    freedom = prior + cases - 1
     if freedom < 1:
         return float(np.clip(predicted, 0, 1)), np.nan, np.nan
-    residual = y - y.mean() - slope * (x - x.mean())
-    wide = 1 + 1 / n + ((confidence - x.mean()) ** 2 / spread if slope > 0 else 0)
-    reach = stats.t.ppf(0.975, freedom) * np.sqrt((residual**2).sum() / freedom * wide)
+    between = (prior * views + float((left.mean() ** 2).sum())) / freedom
+    tilt = views * (confidence - x.mean()) ** 2 / spread if slope > 0 else 0.0
+    reach = stats.t.ppf(0.975, freedom) * np.sqrt(views + between * (1 + 1 / cases) + tilt)
     return tuple(float(value) for value in np.clip((predicted, predicted - reach, predicted + reach), 0, 1))

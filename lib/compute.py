@@ -99,14 +99,19 @@ def with_less_memory(work, what):
     for divisor in (1, 2, 4, 8):
         try:
             return work(divisor)
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former, on the CPU it has no name
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
             tqdm.write(f"{what}: out of memory with batches of 1/{divisor}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     raise DataError(f"{what}: out of memory even with an eighth of the batch: lower folder.size or the numbers of slices "
                     "(folder.labelled, folder.unlabelled), or close other programs")
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory does not suffice; torch's has no class of its own on the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def seed_of(*names):

@@ -283,8 +283,11 @@ def build(settings):
         cohort = acdc.build(settings.acdc)
     elif settings.cohort == "synapse":
         cohort = synapse.build(settings.synapse)
-    else:
+    elif settings.cohort == "hippocampus":
         cohort = hippocampus.build(settings.hippocampus, settings.split_seed)
+    else:
+        raise DataError(f"cohort '{settings.cohort}' has no test images, so that the pipeline cannot run on it: use `make "
+                        "segment` or notebooks/11_own_data.ipynb")
     check_split(cohort.subjects, cohort.split)
     return cohort
 

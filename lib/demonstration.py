@@ -12,8 +12,8 @@ from lib.experiment import cohort_file
 def write_demonstration(settings, folder):
     """Write images, a few of them with masks, as a user would bring them.
 
-    Training images of the cohort are taken: the first ones that would be labelled get masks, the others come from the
-    end of that order. What their masks would be goes to a folder of its own, to be compared with afterwards.
+    One slice of every subject is taken, until there are as many as asked for; the first get masks. What the masks of the
+    others would be goes to a folder of its own, to be compared with afterwards.
 
     Args:
         settings: as params.load gives them, of the pipeline's cohort; its section folder.demonstration says how many.
@@ -24,8 +24,8 @@ def write_demonstration(settings, folder):
     """
     options, folder = settings.folder.demonstration, Path(folder)
     cohort = load_cohort(cohort_file(settings))
-    order = cohort.order(settings.seed)
-    chosen = [*order[: options.labelled], *order[max(options.labelled, len(order) - options.cases + options.labelled) :]]
+    _, firsts = np.unique(cohort.subjects, return_index=True)
+    chosen = np.random.default_rng([settings.seed, 3]).permutation(firsts[cohort.split[firsts] != "unseen"])[: options.cases]
     for part in ("images", "masks", "hidden"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for file in (folder / part).glob("*.nii.gz"):
@@ -34,6 +34,6 @@ def write_demonstration(settings, folder):
     for number, index in enumerate(chosen):
         name = f"scan_{number + 1:02d}.nii.gz"
         image = np.round(1000 * cohort.images[index]).astype(np.int16)
-        nib.save(nib.Nifti1Image(image[..., None], affine), folder / "images" / name)
         part = "masks" if number < options.labelled else "hidden"
-        nib.save(nib.Nifti1Image(cohort.labels[index][..., None], affine), folder / part / name)
+        for what, slice in ("images", image), (part, cohort.labels[index]):  # x from left to right, y from below
+            nib.save(nib.Nifti1Image(slice[::-1].T[..., None], affine), folder / what / name)

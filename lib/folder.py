@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from lib.data import check_image
 
 ENDINGS = (".nii.gz", ".nii")
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # nibabel's way to say right, anterior, superior
+MM = {1: 1000.0, 3: 0.001}  # of a metre and a micron, by NIfTI's codes of units; any other, and none, is taken for mm
 GZIP = 1100  # no gzip file unpacks to more than so many times its size
 
 
@@ -38,28 +40,46 @@ class Grid(NamedTuple):
     def spacing(self):
         """mm between (slices, rows, columns)."""
         sizes = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))[np.argsort(self.orientation[:, 0])]
-        return tuple(float(size) for size in (sizes[self.axis], *np.delete(sizes, self.axis)))
+        mm = MM.get(int(self.header["xyzt_units"]) % 8, 1.0)
+        return tuple(float(mm * sizes[axis]) for axis in upright(self.axis))
 
     @property
     def slices(self):
         """Shape (slices, rows, columns) in canonical orientation."""
         sides = np.array((*self.shape, 1, 1)[:3])[np.argsort(self.orientation[:, 0])]
-        return tuple(int(side) for side in (sides[self.axis], *np.delete(sides, self.axis)))
+        return tuple(int(sides[axis]) for axis in upright(self.axis))
+
+    @property
+    def canonical(self):
+        """Affine of the canonical array: the same for one grid however it is stored."""
+        return self.affine @ nib.orientations.inv_ornt_aff(self.orientation, (*self.shape, 1, 1)[:3])
 
     def image(self, slices):
         """Slices ``(slices, rows, columns)`` as an image with exactly the stored shape, affine and orientation."""
-        canonical = np.moveaxis(slices, 0, self.axis)
+        canonical = np.transpose(slices[:, ::-1], np.argsort(upright(self.axis)))
         stored = nib.apply_orientation(canonical, nib.orientations.ornt_transform(RAS, self.orientation))
         header = self.header.copy()
         header.set_data_dtype(slices.dtype)
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0
-        return self.kind(np.ascontiguousarray(stored).reshape(self.shape), self.affine, header)
+        stored = np.ascontiguousarray(stored).reshape(self.shape)
+        header["descrip"] = mark_of(stored)
+        return self.kind(stored, self.affine, header)
+
+
+def upright(axis):
+    """Axes of the canonical array that are (slices, rows, columns) of slices along ``axis``.
+
+    Slices then stand upright once their rows are turned over: the patient's left at the left, or where the slices are
+    sagittal the back; front or head at the top.
+    """
+    first, second = (other for other in range(3) if other != axis)
+    return axis, second, first
 
 
 def name_of(file):
-    """A file's name without .nii or .nii.gz; None where it has neither."""
-    return next((file.name[: -len(ending)] for ending in ENDINGS if file.name.lower().endswith(ending)), None)
+    """A file's name without .nii or .nii.gz; None where it has neither, or is one of a system's hidden files."""
+    return None if file.name.startswith(".") else next((file.name[: -len(ending)] for ending in ENDINGS if file.name.lower().endswith(ending)), None)
 
 
 def nifti_files(folder, what):
@@ -77,8 +97,12 @@ def nifti_files(folder, what):
         raise DataError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
     found = {}
     for file in files:
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{file} is a link out of its folder, to {file.resolve()}: copy the file there instead")
+        try:
+            target = file.resolve()
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{file} is a link that leads nowhere ({error}): copy the file there instead") from error
+        if not target.is_relative_to(folder.resolve()):
+            raise DataError(f"{file} is a link out of its folder, to {target}: copy the file there instead")
         if name_of(file) in found:
             raise DataError(f"{found[name_of(file)]} and {file} have the same name: remove or rename one")
         found[name_of(file)] = file
@@ -176,7 +200,7 @@ def read_grid(file, axis=2):
 
 
 def read_scan(file, axis=2):
-    """The slices of an image or a mask, in canonical (RAS) orientation.
+    """The slices of an image or a mask, in canonical (RAS) orientation and upright, see ``upright``.
 
     Args:
         file: NIfTI, 2D or 3D.
@@ -203,7 +227,7 @@ def read_scan(file, axis=2):
     except Exception as error:  # as above
         raise DataError(f"{file} cannot be read as NIfTI ({error}): export or download it again") from error
     canonical = nib.apply_orientation(values.reshape((*grid.shape, 1, 1)[:3]), grid.orientation)
-    return np.moveaxis(canonical, grid.axis, 0), grid
+    return np.transpose(canonical, upright(grid.axis))[:, ::-1], grid
 
 
 def read_case(case, axis=2, values=None):
@@ -227,7 +251,7 @@ def read_case(case, axis=2, values=None):
     if labels.shape != image.shape:
         raise DataError(f"{case.image} has shape {grid.shape} but its mask {case.mask} has {on.shape}: "
                         "resample the mask onto the image's grid")
-    if not np.allclose(grid.affine, on.affine, atol=1e-3):
+    if not np.allclose(grid.canonical, on.canonical, atol=1e-3):
         raise DataError(f"{case.image} and its mask {case.mask} have different affines: "
                         "resample the mask onto the image's grid")
     found = np.unique(labels)
@@ -242,6 +266,8 @@ def read_case(case, axis=2, values=None):
 def write_scan(slices, grid, file):
     """Write slices back onto the grid that they came from; leaves either the old file or the whole new one.
 
+    The header's description holds a checksum, by which ``is_others`` knows the file again.
+
     Raises:
         OSError: the folder cannot be written to, or the disk is full.
     """
@@ -249,6 +275,28 @@ def write_scan(slices, grid, file):
     partial = file.with_name(f".{file.name.removesuffix('.nii.gz')}.partial.nii.gz")
     try:
         nib.save(grid.image(slices), partial)
+        flush(partial)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def mark_of(array):
+    """What the header of a file that we have written says of its content."""
+    return f"joint segmentation {zlib.crc32(np.ascontiguousarray(array)):08x}".encode()
+
+
+def is_others(file):
+    """Whether a file is a whole image that we have not written, or that somebody has changed since."""
+    try:
+        read_scan(file)
+    except DataError:  # there is none, or it is damaged
+        return False
+    stored = nib.load(file)
+    return bytes(stored.header["descrip"]).rstrip(b"\0") != mark_of(np.asarray(stored.dataobj))
+
+
+def flush(file):
+    """Wait until a file's bytes are on the disk: what is renamed before may be empty after a power cut."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())

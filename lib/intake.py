@@ -7,11 +7,13 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import DataError
+from lib.compute import out_of_memory
 from lib.folder import find_cases, read_case
 from lib.params import fingerprint
-from lib.volumes import OwnCohort, fit_to, scaled
+from lib.volumes import OwnCohort, fit_labels, fit_to, scaled
 
 LEAVE_ONE_OUT = 5  # below so many labelled cases each is left out once
+SLICES = "upright, labels by share"  # how slices are made; another way has another name
 
 
 class Intake(NamedTuple):
@@ -43,7 +45,7 @@ def digest(file):
 def prints_of(case, settings):
     """Fingerprint of what a case's slices in the store are made from."""
     files = [case.image, case.mask] if case.mask else [case.image]
-    return fingerprint([digest(file) for file in files], settings.axis, settings.size, settings.labels)
+    return fingerprint([digest(file) for file in files], settings.axis, settings.size, settings.labels, SLICES)
 
 
 def take_in(settings, store):
@@ -60,6 +62,9 @@ def take_in(settings, store):
         DataError: the folder itself cannot be used, see folder.find_cases.
         OSError: the store's disk is full: what cannot be kept is no fault of the case.
     """
+    if settings.symmetric and settings.axis == 0:
+        raise DataError("folder.symmetric flips left and right, which slices along folder.axis 0 do not have: set it to false")
+    first, last = range_of(settings.slices) or (0, 0)
     cases, failures, notes, values = [], {}, {}, set()
     allowed = {0, *settings.labels} if settings.labels else None
     for case in tqdm(find_cases(settings.images, settings.masks or None, settings.pattern), desc="reading", unit="case"):
@@ -67,19 +72,43 @@ def take_in(settings, store):
             key = prints_of(case, settings)
             if not store.has(case.name, key):
                 image, labels, _ = read_case(case, settings.axis, allowed)
-                small = None if labels is None else fit_to(labels, settings.size, "nearest")
-                store.add(case.name, key, fit_to(scaled(image), settings.size, "bilinear"), small)
+                small = None if labels is None else fit_labels(labels, settings.size)
+                drawn = [] if labels is None else np.unique(labels[labels > 0]).tolist()
+                store.add(case.name, key, fit_to(scaled(image), settings.size), small, drawn=drawn)
+            count = len(store.images(case.name))
+            if not len(range(count)[first : last + 1]):
+                raise DataError(f"{case.image} has {count} slices, none from {first} to {last}: change folder.slices")
             if case.mask:
-                found = set(np.unique(store.labels(case.name)).tolist()) - {0}
+                found = set(store.index[case.name]["drawn"])
                 if not found:
                     notes[case.name] = f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
+                elif lost := found - set(np.unique(store.labels(case.name)).tolist()):
+                    notes[case.name] = (f"{case.mask}: label {min(lost)} is too small for slices of {settings.size} "
+                                        "pixels: raise folder.size")
                 values |= found
             cases.append(case)
         except DataError as error:
             failures[case.name] = str(error)
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             failures[case.name] = f"{case.image} does not fit into memory: crop it, or split it into several files"
     return Intake(cases, failures, notes, sorted(values))
+
+
+def range_of(slices):
+    """(first, last) where folder.slices is a range, else None.
+
+    Raises:
+        DataError: it is neither that nor all nor largest.
+    """
+    if slices in ("all", "largest"):
+        return None
+    try:
+        first, last = map(int, slices)
+    except (TypeError, ValueError):
+        raise DataError(f"folder.slices is '{slices}', not all, largest or two numbers [first, last]") from None
+    return first, last
 
 
 def chosen_slices(settings, store, cases):
@@ -92,15 +121,8 @@ def chosen_slices(settings, store, cases):
         height = np.mean([place / max(1, len(marked[name]) - 1) for name, place in largest.items()]) if largest else 0.5
         return {case.name: np.array([largest.get(case.name, round(height * (len(store.images(case.name)) - 1)))])
                 for case in cases}
-    try:
-        first, last = map(int, settings.slices)
-    except (TypeError, ValueError):
-        raise DataError(f"folder.slices is '{settings.slices}', not all, largest or two numbers [first, last]") from None
-    found = {case.name: np.arange(len(store.images(case.name)))[first : last + 1] for case in cases}
-    for name, positions in found.items():
-        if not len(positions):
-            raise DataError(f"{name} has no slices from {first} to {last}: change folder.slices")
-    return found
+    first, last = range_of(settings.slices)
+    return {case.name: np.arange(len(store.images(case.name)))[first : last + 1] for case in cases}
 
 
 def folds_of(names, seed):
@@ -142,7 +164,8 @@ def build(settings, store, intake, held_out):
     to_class[intake.values] = np.arange(1, len(intake.values) + 1)
     return OwnCohort(
         name="folder", title="own data", symmetric=options.symmetric, pixel_mm=1.0, classes=class_names(intake.values),
-        images=np.stack([store.images(name)[k] for name, k, *_ in rows]).astype(np.float32),
+        # Each is copied at once: what remains a view of the map keeps its file open.
+        images=np.stack([store.images(name)[k].astype(np.float32) for name, k, *_ in rows]),
         labels=np.stack([to_class[store.labels(name)[k]] if masked else empty for name, k, _, masked in rows]),
         subjects=np.array([name for name, *_ in rows]), split=np.array([split for *_, split, _ in rows]),
         masked=np.array([masked for *_, masked in rows]),

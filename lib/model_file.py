@@ -10,12 +10,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib import DataError
+from lib.folder import flush
 from lib.models import ResidualUNet
 from lib.params import fingerprint
 from lib.training import weights_digest
 
 FORMAT = "joint segmentation and registration"
-VERSION = 1
+VERSION = 2
 
 
 class Model(NamedTuple):
@@ -23,7 +24,7 @@ class Model(NamedTuple):
 
     ``about``: classes (names), values (label value of each class in the masks), size (side of the slices), axis,
     normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and
-    settings), licence (of the training data) and calibration (pairs of mean confidence and DSC of held-out cases).
+    settings), licence (of the training data) and calibration (rows of number of a held-out case, mean confidence and DSC, of it and of worse views of it).
     """
 
     networks: list
@@ -63,6 +64,7 @@ def save_model(model, file):
     partial = file.with_name(f".{file.name}.partial")
     try:
         save_file(tensors, partial, {"about": json.dumps(about)})  # one entry: several are written in random order
+        flush(partial)
         os.replace(partial, file)
     except SafetensorError as error:  # as which the full disk comes
         raise OSError(f"{file} cannot be written ({error})") from error

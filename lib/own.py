@@ -4,7 +4,9 @@ Where five or more cases are labelled, a fifth of them is held out: their DSC ch
 predicted one. Where fewer are, each is left out once, and the masks are the mean of the networks that come of it.
 """
 
+import errno
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,8 @@ from lib.compute import Numerics, with_less_memory
 from lib.data import to_labels
 from lib.evaluation import dice, score
 from lib.experiment import Experiment, best_rounds, cohort_file, load_measured, load_round
-from lib.folder import read_case, read_grid, write_scan
-from lib.intake import build, chosen_slices, class_names, folds_of, take_in
+from lib.folder import is_others, read_case, read_grid, write_scan
+from lib.intake import build, chosen_slices, class_names, digest, folds_of, take_in
 from lib.joint_plus import joint_plus_rounds
 from lib.model_file import Model, load_model, save_model
 from lib.params import fingerprint, section
@@ -49,7 +51,9 @@ def train(settings, store, intake):
     """
     options = settings.folder
     if not intake.labelled:
-        raise DataError(f"no image in {options.images} has a mask in {options.masks or 'any folder'}: draw at least one")
+        why = "".join(f"; {reason}" for reason in list(intake.failures.values())[:3])
+        raise DataError(f"no image in {options.images} has a mask in {options.masks or 'any folder'} that can be used: draw "
+                        f"at least one{why}")
     if not intake.values:
         raise DataError(f"the masks in {options.masks} mark nothing: draw at least one structure")
     slices = chosen_slices(options, store, intake.cases)
@@ -64,10 +68,13 @@ def train(settings, store, intake):
         keys.append(key)
         for case in intake.labelled:
             if case.name in held_out:
-                scores, confidence = score_case(Model([network], about), case, store, slices[case.name], numerics)
+                model, positions = Model([network], about), slices[case.name]
+                with_memory = lambda work, *more: with_less_memory(
+                    lambda divisor: work(model, case, store, positions, *more, numerics.sharing(1 / divisor)), case.name)
+                scores, confidence = with_memory(score_case)
+                pairs.append([len(held), confidence, float(scores["dsc"].mean())])
+                pairs += [[len(held), *pair] for pair in with_memory(degraded_pairs, settings)]
                 held.append(scores.assign(image=case.name))
-                pairs.append([confidence, float(scores["dsc"].mean())])
-                pairs += degraded_pairs(Model([network], about), case.name, store, slices[case.name], settings, numerics)
     columns = ["case", "class", "dsc", "hd", "hd95"]
     table = pd.concat(held).rename(columns={"image": "case"})[columns] if held else pd.DataFrame(columns=columns)
     return Model(networks, {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
@@ -105,26 +112,31 @@ def fold_settings(settings, number, validated=True, divisor=1):
 
 
 def score_case(model, case, store, positions, numerics):
-    """DSC, HD and HD95 in mm of a case with a mask, on the slices ``positions``, and the mask's mean confidence."""
+    """DSC, HD and HD95 in mm of a case with a mask, on the slices ``positions``, and the mask's mean confidence.
+
+    A single slice is scored as an image: in a volume one slice thick every voxel would lie on the surface.
+    """
     _, truth, grid = read_case(case, model.about["axis"])
     labels, _, confidence = segment(model, store.images(case.name), positions, grid, numerics)
     masks = [torch.stack([torch.as_tensor(found[positions] == value) for value in model.about["values"]])[None].float()
              for found in (labels, truth)]
-    return score(*masks, model.about["classes"], grid.spacing), confidence
+    flat = len(positions) == 1
+    masks = [part.squeeze(2) for part in masks] if flat else masks
+    return score(*masks, model.about["classes"], grid.spacing[1:] if flat else grid.spacing), confidence
 
 
 @torch.no_grad()
-def degraded_pairs(model, name, store, positions, settings, numerics):
+def degraded_pairs(model, case, store, positions, settings, numerics):
     """Mean confidence and DSC of worse and worse views of a held-out case, as pairs.
 
     Held-out cases are few and much alike: they alone do not say what low confidence means. Views are made by the strong
     recipe's augmentation, up to folder.degradation times as strong as in training.
     """
     options, pairs = settings.folder, []
-    images = numerics.tensor(np.asarray(store.images(name)[positions], np.float32)[:, None])
-    labels = np.asarray(store.labels(name)[positions])
+    images = numerics.tensor(np.asarray(store.images(case.name)[positions], np.float32)[:, None])
+    labels = np.asarray(store.labels(case.name)[positions])
     masks = numerics.tensor(np.stack([labels == value for value in model.about["values"]], axis=1))
-    generator = numerics.generator(settings.seed, "degraded", name)
+    generator = numerics.generator(settings.seed, "degraded", case.name)
     for strength in np.linspace(0, options.degradation, options.degraded_views + 1)[1:]:
         stronger = params.Section({key: strength * value for key, value in settings.augmentation.items()})
         seen, truth = augment(images, masks, generator, stronger, options.symmetric)
@@ -197,40 +209,33 @@ def apply(model, name, slices, positions, grid, folder, numerics):
         folder: where ``<name>_mask.nii.gz`` and ``<name>_confidence.nii.gz`` go.
 
     Returns:
-        Dictionary. Volumes are in mm³, areas, of single slices, in mm².
+        Dictionary. Volumes, of what was segmented, are in mm³, areas, of single slices, in mm².
     """
     labels, confidence, mean = with_less_memory(
         lambda divisor: segment(model, slices, positions, grid, numerics.sharing(1 / divisor)), name
     )
     write_scan(labels, grid, folder / f"{name}_mask.nii.gz")
     write_scan(confidence, grid, folder / f"{name}_confidence.nii.gz")
-    flat = len(labels) == 1
+    flat = len(positions) == 1
     voxel = np.prod(grid.spacing[1:] if flat else grid.spacing)
     dsc, low, high = predict_dsc(model.about["calibration"], mean)
-    return {"case": name, "slices": len(positions), "unit": "mm2" if flat else "mm3",
+    return {"case": name, "slices": len(positions), "of_slices": len(labels), "unit": "mm2" if flat else "mm3",
             **{label: round(float((labels == value).sum() * voxel), 3)
                for label, value in zip(model.about["classes"], model.about["values"])},
             "confidence": mean, "predicted_dsc": dsc, "predicted_low": low, "predicted_high": high}
 
 
-def segment_folder(settings):
-    """Masks and confidence maps of every image of a folder, by the given model or by one trained on it.
-
-    Everything lies under folder.output: ``<case>_mask.nii.gz``, ``<case>_confidence.nii.gz``, cases.csv, the model
-    with held_out.csv, and ``work`` with what a killed run goes on from. What is there already, from the same image,
-    model and settings, is not computed again.
-
-    Args:
-        settings: as params.load gives them, of cohort ``folder``.
-
-    Returns:
-        pandas.DataFrame, cases.csv: one row per case, ``status`` done or failed, and ``note`` says why it failed.
+@contextmanager
+def at_work(settings):
+    """Context in which nobody else works in folder.output, and all outputs lie there.
 
     Raises:
-        DataError: the folders cannot be used, nothing is labelled, or the model is none; another run is at work here;
-            the disk is full.
+        DataError: another run is at work there; it is a folder of inputs, or cannot be written to; the disk is full.
     """
     output = Path(settings.folder.output)
+    for what in ("images", "masks"):
+        if settings.folder[what] and Path(settings.folder[what]).resolve() == output.resolve():
+            raise DataError(f"{output} is the folder of the {what}: give another one for what comes out")
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / ".lock").acquire(timeout=0)
@@ -240,43 +245,76 @@ def segment_folder(settings):
         raise DataError(f"{output} cannot be written to ({error.strerror}): give another output folder") from error
     with lock, params.outputs_under(output):
         try:
-            return _segment_folder(settings, output)
+            yield output
         except OSError as error:
-            raise DataError(f"{output} cannot be written to ({error}): make room; what is finished is kept, and the "
-                            "same command goes on from here") from error
+            full = error.errno in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # safetensors gives no number
+            raise DataError(f"{output} cannot be written to ({error}): make room; " if full else f"{error}; "
+                            "what is finished is kept, and the same command goes on from here") from error
 
 
-def _segment_folder(settings, output):
-    options = settings.folder
-    model = load_model(options.model) if options.model else None
-    if model:
-        options |= {"size": model.about["size"], "axis": model.about["axis"]}
-    store = Store(output / "work" / "slices", options.size)
-    intake = take_in(options, store)
-    if model is None:
-        model = trained(settings, store, intake, output)
+def segment_folder(settings):
+    """Masks and confidence maps of every image of a folder, by the given model or by one trained on it.
+
+    Everything lies under folder.output: ``<case>_mask.nii.gz``, ``<case>_confidence.nii.gz``, cases.csv, the model
+    with held_out.csv, and ``work`` with what a killed run goes on from. What is there already, from the same image,
+    model and settings, is not computed again. A file that somebody has changed, or that is not of these runs, is kept.
+
+    Args:
+        settings: as params.load gives them, of cohort ``folder``.
+
+    Returns:
+        pandas.DataFrame, cases.csv: one row per case, ``status`` done, kept or failed, and ``note`` says why.
+
+    Raises:
+        DataError: the folders cannot be used, nothing is labelled, or the model is none; see also ``at_work``.
+    """
+    with at_work(settings) as output:
+        options = settings.folder
+        model = load_model(options.model) if options.model else None
+        if model:
+            options |= {"size": model.about["size"], "axis": model.about["axis"]}
+        store = Store(output / "work" / "slices" / str(options.size), options.size)
+        intake = take_in(options, store)
+        for reason in intake.failures.values():  # now, not after hours of training
+            tqdm.write(f"left out: {reason}")
+        tqdm.write(f"{len(intake.cases)} cases, {len(intake.labelled)} of them with masks; {len(intake.failures)} left out")
+        if model is None:
+            model = trained(settings, store, intake, output)
+        table = summary(segment_cases(settings, model, store, intake, output), model.about["classes"], options.review)
+        write_table(table, output / "cases.csv")
+        return table
+
+
+def segment_cases(settings, model, store, intake, output):
+    """Rows of cases.csv, as dictionaries; cases that are finished are taken from the log of the runs before."""
     numerics = Numerics(settings.device, settings.precision)
     model = model.to(numerics)
-    slices = chosen_slices(options, store, intake.cases)
+    slices = chosen_slices(settings.folder, store, intake.cases)
     log_file = output / "work" / "cases.jsonl"
     log = read_lines(log_file, "case")
-    rows = [{"case": name, "status": "failed", "note": note} for name, note in intake.failures.items()]
+    files_of = lambda name: [output / f"{name}_{what}.nii.gz" for what in ("mask", "confidence")]
+    rows = []
+    for name, note in intake.failures.items():
+        old = "; its files in the output folder are of an earlier run" if any(map(Path.exists, files_of(name))) else ""
+        rows.append({"case": name, "status": "failed", "note": note + old})
     for case in tqdm(intake.cases, desc="segmenting", unit="case"):
         key = fingerprint(model.key, store.index[case.name]["fingerprint"], slices[case.name].tolist(), str(case.image))
-        written = [output / f"{case.name}_{what}.nii.gz" for what in ("mask", "confidence")]
-        row = log.get(case.name)
-        if not (row and row.get("fingerprint") == key and all(file.exists() for file in written)):
+        files, row = files_of(case.name), log.get(case.name, {})
+        digests = lambda: [digest(file) if file.exists() else "" for file in files]
+        if row.get("fingerprint") != key or row.get("digests") != digests():
             try:
-                grid = read_grid(case.image, options.axis)
-                row = apply(model, case.name, store.images(case.name), slices[case.name], grid, output, numerics)
-                row |= {"status": "done", "fingerprint": key}
-                append_line(row, log_file)
+                if others := [file for file in files if is_others(file)]:
+                    row = {"case": case.name, "status": "kept", "note": f"{others[0]} has been changed, or was there "
+                           "before, and is kept: move it away to have it made"}
+                else:
+                    grid = read_grid(case.image, settings.folder.axis)
+                    row = apply(model, case.name, store.images(case.name), slices[case.name], grid, output, numerics)
+                    row |= {"status": "done", "fingerprint": key, "digests": digests()}
+                    append_line(row, log_file)
             except DataError as error:
                 row = {"case": case.name, "status": "failed", "note": str(error)}
         rows.append({"note": intake.notes.get(case.name, ""), **row, "labelled": case.mask is not None})
-    table = summary(rows, model.about["classes"], options.review)
-    write_table(table, output / "cases.csv")
-    return table
+    return rows
 
 
 def write_table(table, file):
@@ -290,12 +328,15 @@ def write_table(table, file):
 
 
 def summary(rows, classes, review):
-    """cases.csv: to be reviewed is what failed, what marks nothing, and what is not known to reach DSC ``review``."""
-    columns = ["case", "status", "labelled", "slices", "unit", *classes, "confidence", "predicted_dsc", "predicted_low",
+    """cases.csv: to be reviewed is what failed, what marks nothing, and what is not known to reach DSC ``review``.
+
+    What somebody has changed has been reviewed.
+    """
+    columns = ["case", "status", "labelled", "slices", "of_slices", "unit", *classes, "confidence", "predicted_dsc", "predicted_low",
                "predicted_high", "note"]
     table = pd.DataFrame(rows).sort_values("case", ignore_index=True).reindex(columns=columns)
     doubtful = ~(table["predicted_dsc"] >= review) | (table[list(classes)].sum(axis=1) == 0)
-    table.insert(2, "review", doubtful)
+    table.insert(2, "review", doubtful & (table["status"] != "kept"))
     return table
 
 
@@ -310,7 +351,7 @@ def trained(settings, store, intake, output):
     file = output / "model.safetensors"
     try:
         model = load_model(file)
-        if model.about.get("key") == key:
+        if model.about.get("key") == key and (output / "held_out.csv").exists():
             return model
     except DataError:
         pass

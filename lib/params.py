@@ -118,6 +118,18 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
     return tree
 
 
+def use_folder(settings, **given):
+    """Where a user's own images, masks, output and model are: as given, else as section ``folder`` says.
+
+    Args:
+        settings: as ``load`` gives them; changed in place, so that all paths are absolute.
+        given: paths relative to the working folder; empty ones, and those of params.yaml, are relative to the repository.
+    """
+    for name in ("images", "masks", "output", "model"):
+        path = Path.cwd() / given[name] if given.get(name) else settings.folder[name] and ROOT / settings.folder[name]
+        settings.folder[name] = str(path)
+
+
 def recipes(settings):
     """The recipes that run: the baseline, and the one beside it."""
     return list(dict.fromkeys((settings.baseline, settings.recipe)))

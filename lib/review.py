@@ -34,14 +34,19 @@ class Review:
         options = settings.folder
         self.output = Path(options.output)
         self.cases = {case.name: case for case in find_cases(options.images, options.masks or None, options.pattern)}
-        self.volumes = lru_cache(4)(self.volumes)
+        self.volumes = lru_cache(1)(self.volumes)  # one may be gigabytes
 
     def volumes(self, name):
-        """(image in [0, 1], labels, confidence, hand-drawn labels or None) of a case, each ``(slices, rows, columns)``."""
+        """What there is of a case, ``(slices, rows, columns)`` each, and the shape of its pixels.
+
+        Returns:
+            (image in [0, 1], labels, confidence, hand-drawn labels or None, height of a pixel over its width).
+        """
         case, axis = self.cases[name], self.model.about["axis"]
-        written = [read_scan(self.output / f"{name}_{what}.nii.gz", axis)[0] for what in ("mask", "confidence")]
-        drawn = read_scan(case.mask, axis)[0] if case.mask else None
-        return scaled(read_scan(case.image, axis)[0]), *written, drawn
+        labels, confidence = (read_scan(self.output / f"{name}_{what}.nii.gz", axis)[0] for what in ("mask", "confidence"))
+        drawn = read_scan(case.mask, axis)[0].astype(np.uint8) if case.mask else None
+        image, grid = read_scan(case.image, axis)
+        return scaled(image), labels.astype(np.uint8), confidence, drawn, grid.spacing[1] / grid.spacing[2]
 
     def channels(self, labels):
         """Labels ``(rows, columns)`` as masks ``(classes, rows, columns)``."""
@@ -62,15 +67,17 @@ class Review:
         worst = self.table.sort_values(["predicted_dsc", "confidence"]).head(count)
         rows = -(-len(worst) // columns)
         columns = min(columns, len(worst))
-        figure, axes = plt.subplots(2 * rows, columns, figsize=(2.1 * columns, 4.6 * rows), squeeze=False)
+        figure, axes = plt.subplots(2 * rows, columns, figsize=(2.1 * columns, 5 * rows), squeeze=False)
         for ax in axes.flat:
             ax.axis("off")
         for k, (name, row) in enumerate(worst.iterrows()):
-            image, labels, confidence, _ = self.volumes(name)
+            image, labels, confidence, _, aspect = self.volumes(name)
             at = int((labels > 0).sum(axis=(1, 2)).argmax())
             above, below = axes[2 * (k // columns) : 2 * (k // columns) + 2, k % columns]
             draw(above, image[at], self.channels(labels[at]), f"{name}\npredicted DSC {row['predicted_dsc']:.2f}", colour=OTHER)
             draw(below, image[at], heat=2 * (1 - confidence[at]), title=f"mean confidence {row['confidence']:.2f}")
+            for ax in (above, below):
+                ax.set_aspect(aspect)
         figure.tight_layout()
         return figure
 
@@ -81,17 +88,17 @@ class Review:
             true_dsc: pandas.Series of case to DSC, where masks are known that no method has seen.
         """
         figure, ax = plt.subplots(figsize=(5.6, 3.8))
-        pairs = np.reshape(self.model.about["calibration"], (-1, 2))
-        every = np.concatenate((self.table["confidence"], pairs[:, 0]))
+        pairs = np.reshape(self.model.about["calibration"], (-1, 3))
+        every = np.concatenate((self.table["confidence"], pairs[:, 1]))
         spread = np.linspace(every.min(), every.max(), 50)
         predicted, low, high = np.transpose([predict_dsc(pairs, x) for x in spread])
         ax.plot(spread, predicted, color="black", label="predicted DSC")
         ax.fill_between(spread, low, high, color="black", alpha=0.1, label="95 % prediction interval")
-        ax.plot(*pairs.T, ".", color="#1f77b4", alpha=0.5, label="held-out cases, and worse views of them")
+        ax.plot(*pairs.T[1:], ".", color="#1f77b4", alpha=0.5, label="held-out cases, and worse views of them")
         if true_dsc is not None:
             ax.plot(self.table["confidence"][true_dsc.index], true_dsc, ".", color="#d62728", label="masks that were hidden")
         ax.axhline(self.settings.folder.review, color="grey", linestyle=":", label="to be reviewed below")
-        ax.set(xlabel="mean confidence of the mask", ylabel="DSC", ylim=(0, 1.02))
+        ax.set(xlabel="mean confidence of the mask", ylabel="DSC", ylim=(-0.02, 1.02))
         ax.legend(fontsize=7, loc="lower right")
         figure.tight_layout()
         return figure
@@ -116,14 +123,15 @@ class Review:
                 rounds.append("result")
 
         def look(name, number, chosen):
-            image, labels, confidence, drawn = self.volumes(name)
-            found = {"image": image[number], "prediction": self.channels(labels[number]), "confidence": confidence[number]}
+            image, labels, confidence, drawn, aspect = self.volumes(name)
+            found = {"image": image[number], "prediction": self.channels(labels[number]), "confidence": confidence[number],
+                     "aspect": aspect}
             if drawn is not None:
                 found["true mask"] = self.channels(drawn[number])
             if chosen == "result":
                 return found
             if (name, number) not in seen:
-                return {"image": image[number]}
+                return {"image": image[number], "aspect": aspect}
             with params.outputs_under(self.output):
                 return layers(seen[name, number], chosen)
 

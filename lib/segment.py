@@ -12,7 +12,7 @@ import matplotlib
 
 from lib import DataError, params
 from lib.model_file import load_model
-from lib.own import segment_folder
+from lib.own import at_work, segment_folder
 from lib.review import Review
 
 AGAIN = 2  # seconds after which a signal that had no effect is raised again
@@ -28,11 +28,12 @@ def stop(number, _):
 
 def main():
     description = "Masks for a folder of scans, from masks for a few of them."
-    parser = argparse.ArgumentParser(prog="python -m lib.segment", description=description)
-    parser.add_argument("images", help="folder of NIfTI images")
-    parser.add_argument("output", help="folder for masks, confidence maps, cases.csv and the model")
-    parser.add_argument("--masks", default="", help="folder of masks for some of the images")
-    parser.add_argument("--model", default="", help="a trained model to apply instead of training one")
+    otherwise = "What is not given is taken from section `folder` of params.yaml."
+    parser = argparse.ArgumentParser(prog="python -m lib.segment", description=description, epilog=otherwise)
+    parser.add_argument("images", nargs="?", help="folder of NIfTI images")
+    parser.add_argument("output", nargs="?", help="folder for masks, confidence maps, cases.csv and the model")
+    parser.add_argument("--masks", help="folder of masks for some of the images")
+    parser.add_argument("--model", help="a trained model to apply instead of training one")
     parser.add_argument("-S", action="append", default=[], metavar="KEY=VALUE", dest="values", help="any setting")
     given = parser.parse_args()
     matplotlib.use("Agg")
@@ -42,7 +43,9 @@ def main():
         settings = params.load(cohort="folder", changes=given.values)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    settings.folder |= {"images": given.images, "masks": given.masks, "model": given.model, "output": given.output}
+    params.use_folder(settings, images=given.images, masks=given.masks, output=given.output, model=given.model)
+    if not (settings.folder.images and settings.folder.output):
+        parser.error("give IMAGES and OUT, or folder.images and folder.output in params.yaml")
     try:
         failed = segment(settings)
     except (DataError, FloatingPointError) as error:
@@ -59,10 +62,12 @@ def segment(settings):
     """Masks, pictures and the summary; returns how many cases failed."""
     output = Path(settings.folder.output)
     table = segment_folder(settings)
-    review = Review(settings, table, load_model(settings.folder.model or output / "model.safetensors"))
-    if len(review.table):
-        for figure, name in (review.predictions(), "confidence.png"), (review.contact_sheet(), "least_certain.png"):
-            figure.savefig(output / name, dpi=110)
+    with at_work(settings):
+        review = Review(settings, table, load_model(settings.folder.model or output / "model.safetensors"))
+        if len(review.table):
+            for figure, name in (review.predictions(), "confidence.png"), (review.contact_sheet(), "least_certain.png"):
+                figure.savefig(output / f".{name}.partial", dpi=110, format="png")
+                (output / f".{name}.partial").replace(output / name)
     failed = table[table["status"] == "failed"]
     for row in failed.itertuples():
         print(f"failed: {row.case}: {row.note}", file=sys.stderr)

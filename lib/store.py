@@ -40,12 +40,13 @@ class Store:
         except (OSError, ValueError, TypeError, KeyError):  # of a map of files that are cut short or gone
             return False
 
-    def add(self, name, fingerprint, slices, labels=None):
+    def add(self, name, fingerprint, slices, labels=None, **more):
         """Write a case.
 
         Args:
             slices: ``(slices, size, size)`` in [0, 1], kept as float16.
             labels: the same shape, uint8, or None.
+            more: what else the index shall say of it, as JSON has it.
 
         Raises:
             OSError: the disk is full or the folder cannot be written to.
@@ -53,7 +54,7 @@ class Store:
         slices, labels = slices.astype(np.float16), None if labels is None else labels.astype(np.uint8)
         entry = {"name": name, "fingerprint": fingerprint, "size": self.size, "count": len(slices),
                  "checksum": checksum(slices, labels), "image": self._append("images.bin", slices),
-                 "labels": None if labels is None else self._append("labels.bin", labels)}
+                 "labels": None if labels is None else self._append("labels.bin", labels), **more}
         append_line(entry, self.folder / "index.jsonl")
         self.index[name] = entry
 

@@ -8,5 +8,5 @@ NUMERICS = "d7fa566ff1753849"  # networks, losses, warping, augmentation, pseudo
 MEAN_TEACHER = "4fd182be9f838728"
 JOINT_PLUS = "refinement"
 CCTR = "positives in every volume"
-VOLUMES = "pooled Dice"  # what differs where images are slices of volumes
+VOLUMES = "labels by share"  # what differs where images are slices of volumes
 EVALUATION = "first"  # scores, and the random draws of the masks that are tested

@@ -7,6 +7,7 @@ nbconvert, GitHub, a notebook that is opened again) there is a still picture bel
 from functools import lru_cache
 from html import escape
 from io import BytesIO
+from pathlib import Path
 from traceback import format_exc
 
 import ipywidgets as widgets
@@ -50,7 +51,7 @@ class Viewer:
             image ``(height, width)`` in [0, 1], always; true mask and prediction ``(classes, height, width)``, 0 or 1;
             confidence ``(height, width)`` in [0, 1]; disagreement ``(height, width)`` or ``(classes, height, width)``
             in [0, 1]; segmentation masks and warped masks ``(n, classes, height, width)`` in [0, 1]; displacement
-            ``(n, 2, height, width)`` in pixels. Tensors will do. It is called when a slice is first looked at, and
+            ``(n, 2, height, width)`` in pixels; and aspect, the height of a pixel over its width. Tensors will do. It is called when a slice is first looked at, and
             the last ``kept`` answers are kept. Where it raises, the traceback stands in the picture's place.
         rounds: what the slider of rounds goes through; it starts at the last, and is hidden where there is one only.
         classes: names of the classes, for the legend.
@@ -131,6 +132,10 @@ class Viewer:
         figure.savefig(file, format="png", dpi=100)
         return file.getvalue()
 
+    def save(self, file):
+        """Write the still picture, all layers of the slice that is chosen now, as PNG."""
+        Path(file).write_bytes(self.render(*self.chosen, "all", True, self.text))
+
     def show(self):
         """Display the widget, and below it the still picture: all layers of the slice that is chosen now.
 
@@ -168,6 +173,7 @@ def pictures(layers, names, classes=(), outlined=True, title=""):
             axes.axis("off")
         for axes, (name, value, caption) in zip(line, row):
             panel(axes, layers, name, value, outlined)
+            axes.set_aspect(layers.get("aspect", 1))
             axes.set_title(caption, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10)

@@ -113,11 +113,21 @@ class OwnCohort(VolumeCohort):
         return self.masked[np.asarray(index)]
 
 
-def fit_to(image, size, mode):
-    """A stack of slices ``(slices, height, width)`` resized to ``size`` x ``size``; ``nearest`` for labels."""
+def fit_to(image, size):
+    """A stack of slices ``(slices, height, width)`` resized to ``size`` x ``size``."""
     tensor = torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)[:, None]
-    options = {} if mode == "nearest" else {"align_corners": False, "antialias": True}
-    return F.interpolate(tensor, size=(size, size), mode=mode, **options)[:, 0].numpy()
+    return F.interpolate(tensor, size=(size, size), mode="bilinear", align_corners=False, antialias=True)[:, 0].numpy()
+
+
+def fit_labels(labels, size):
+    """Labels resized as ``fit_to`` resizes images: every pixel gets the label that has the largest share of it, uint8."""
+    found = np.zeros((len(labels), size, size), np.uint8)
+    largest = np.full(found.shape, -np.inf, np.float32)
+    for value in np.unique(labels):
+        share = fit_to(labels == value, size)
+        found[share > largest] = value
+        np.maximum(largest, share, out=largest)
+    return found
 
 
 def scaled(image):
@@ -166,8 +176,8 @@ def assemble(name, title, volumes, classes, size):
     columns = {key: [] for key in ("images", "labels", "subjects", "split", "volumes", "positions", "ranks")}
     for volume, subject, split, rank, image, labels in volumes:
         count = len(image)
-        columns["images"].append(fit_to(scaled(image), size, "bilinear"))
-        columns["labels"].append(fit_to(labels, size, "nearest").astype(np.uint8))
+        columns["images"].append(fit_to(scaled(image), size))
+        columns["labels"].append(fit_labels(labels, size))
         for key, value in (("subjects", subject), ("split", split), ("volumes", volume), ("ranks", rank)):
             columns[key].append(np.full(count, value))
         columns["positions"].append(np.linspace(0, 1, count, dtype=np.float32))

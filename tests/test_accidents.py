@@ -170,7 +170,7 @@ def test_a_full_disk_stops_the_run_and_nothing_finished_is_lost(finished, tmp_pa
         with disk_of(size), pytest.raises(DataError, match="cannot be written to .*File too large.*make room"):
             own.segment_folder(settings_for(new))
         assert not list((new / "out").rglob("*partial*"))
-    assert len(Store(new / "out" / "work" / "slices", 32).index) == 7
+    assert len(Store(new / "out" / "work" / "slices" / "32", 32).index) == 7
     lost = folder / "out" / "case 3_confidence.nii.gz"
     lost.unlink()
     with disk_of(300), pytest.raises(DataError, match="cannot be written to .*File too large.*make room"):

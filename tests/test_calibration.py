@@ -40,6 +40,21 @@ def test_pooling_is_the_reliability_of_all_pixels_together():
     pd.testing.assert_frame_equal(calibration.pool(parts), calibration.reliability(p, truth), check_dtype=False)
 
 
+@pytest.mark.parametrize("cases", [1, 2, 5, 20])
+@pytest.mark.parametrize("scatter_of_cases", [0.02, 0.06, 0.1])
+def test_the_interval_holds_19_of_20_new_cases_however_few_were_held_out(cases, scatter_of_cases):
+    """Views scatter by 0.03. With one or two cases nothing shows that cases differ three times as much, if they do."""
+    rng, inside, trials = np.random.default_rng(0), 0, 200
+    for _ in range(trials):
+        shifts, rows = rng.normal(0, scatter_of_cases, cases + 1), []
+        for number in range(cases):
+            x = np.linspace(0.95, 0.8, 21)
+            rows += [(number, *row) for row in zip(x, 2.5 * (x - 0.6) + shifts[number] + rng.normal(0, 0.03, 21))]
+        _, low, high = calibration.predict_dsc(rows, 0.93)
+        inside += low <= min(1, 2.5 * (0.93 - 0.6) + shifts[-1] + rng.normal(0, 0.03)) <= high
+    assert inside / trials >= (0.85 if cases < 5 and scatter_of_cases == 0.1 else 0.93)
+
+
 def test_confidence_that_orders_masks_by_quality_finds_the_worst():
     dsc = np.linspace(0.5, 0.9, 20)
     assert calibration.quality_control(dsc / 2, dsc) == {"spearman": pytest.approx(1), "auroc_worst_tenth": 1}

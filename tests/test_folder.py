@@ -27,14 +27,16 @@ def noise(*shape):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 def test_what_is_read_is_written_back_onto_the_same_voxels(tmp_path, codes, axis, kind):
-    """A volume stored in any orientation reads as one and the same, and is written back as it was stored."""
+    """A volume stored in any orientation reads as one and the same, upright, and is written back as it was stored."""
     canonical = noise(5, 6, 7)
     change = ornt_transform(folder.RAS, axcodes2ornt(codes))
     stored = nib.apply_orientation(canonical, change)
     affine = np.diag([1.0, 2.0, 3.0, 1.0]) @ inv_ornt_aff(change, canonical.shape)
     slices, grid = folder.read_scan(write(tmp_path / "a.nii.gz", stored, affine, kind), axis)
-    assert np.array_equal(slices, np.moveaxis(canonical, axis, 0))
-    assert grid.spacing == pytest.approx([(1, 2, 3)[axis], *np.delete((1, 2, 3), axis)])
+    across, up = [(1, 2), (0, 2), (0, 1)][axis]  # columns go right, or to the front; rows begin at the top, or the front
+    assert np.array_equal(slices, np.flip(np.transpose(canonical, (axis, up, across)), 1))
+    assert grid.spacing == pytest.approx([(1, 2, 3)[k] for k in (axis, up, across)]) and grid.slices == slices.shape
+    assert grid.canonical == pytest.approx(np.diag([1.0, 2.0, 3.0, 1.0]))
     folder.write_scan(slices.astype(np.int16), grid, tmp_path / "b.nii.gz")
     again = nib.load(tmp_path / "b.nii.gz")
     assert np.array_equal(np.asarray(again.dataobj), stored) and np.allclose(again.affine, affine)
@@ -49,6 +51,37 @@ def test_two_dimensional_images_and_trailing_ones_keep_their_shape(tmp_path, sha
     folder.write_scan(slices.astype(np.int16), grid, tmp_path / "b.nii.gz")
     again = nib.load(tmp_path / "b.nii.gz")
     assert again.shape == shape and np.array_equal(np.asarray(again.dataobj), array)
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("micron", 0.001), ("mm", 1), ("meter", 1000), ("unknown", 1)])
+def test_spacing_is_in_mm_whatever_the_files_unit(tmp_path, unit, mm):
+    image = nib.Nifti1Image(noise(4, 5, 6), np.diag([2.0, 3.0, 4.0, 1.0]))
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "a.nii")
+    assert folder.read_grid(tmp_path / "a.nii").spacing == pytest.approx((4 * mm, 3 * mm, 2 * mm))
+
+
+def test_a_mask_may_be_stored_the_other_way_round_on_the_same_grid(tmp_path):
+    array = noise(4, 5, 6) % 2
+    image = write(tmp_path / "image.nii", noise(4, 5, 6))
+    affine = np.diag([-1.0, 2.0, 3.0, 1.0])
+    affine[0, 3] = 3
+    mask = write(tmp_path / "mask.nii", array[::-1], affine)
+    labels = folder.read_case(folder.Case("a", image, mask))[1]
+    assert np.array_equal(labels, folder.read_scan(write(tmp_path / "same.nii", array))[0])
+    affine[0, 3] = 4
+    write(mask, array[::-1], affine)
+    with pytest.raises(DataError, match="different affines"):
+        folder.read_case(folder.Case("a", image, mask))
+
+
+def test_hidden_files_are_no_scans_and_a_link_to_itself_is_named(tmp_path):
+    write(tmp_path / "a.nii", noise(4, 5, 6))
+    (tmp_path / "._a.nii").write_bytes(b"what macOS leaves on other disks")
+    assert list(folder.nifti_files(tmp_path, "images")) == ["a"]
+    (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
+    with pytest.raises(DataError, match="loop.nii is a link that leads nowhere"):
+        folder.nifti_files(tmp_path, "images")
 
 
 def test_header_units_codes_and_scaling_survive(tmp_path):

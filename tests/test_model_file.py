@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lib import DataError
-from lib.model_file import FORMAT, Model, load_model, save_model
+from lib.model_file import FORMAT, VERSION, VERSION, Model, load_model, save_model
 from lib.models import ResidualUNet
 
 ABOUT = {"classes": ["a", "b"], "values": [1, 5], "size": 32, "axis": 2, "normalisation": "instance",
@@ -39,7 +39,7 @@ def rewrite(**about):
     def spoil(file):
         network = ResidualUNet(2, "instance")
         save_file({f"0/{name}": value for name, value in network.state_dict().items()}, file,
-                  {"about": json.dumps({**ABOUT, "networks": 1, "format": FORMAT, "version": 1, **about})})
+                  {"about": json.dumps({**ABOUT, "networks": 1, "format": FORMAT, "version": VERSION, **about})})
     return spoil
 
 

@@ -1,14 +1,18 @@
+import os
+import resource
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lib import DataError, own, params
 from lib.folder import Case
-from lib.intake import chosen_slices, folds_of
+from lib.intake import build, chosen_slices, folds_of, take_in
 from lib.store import Store
+from lib.volumes import fit_labels
 
 
 def scan(seed, slices=3):
@@ -83,7 +87,9 @@ def test_fewer_than_five_labelled_cases_are_left_out_in_turn(segmented):
 def test_worse_views_of_held_out_cases_say_what_low_confidence_means(segmented):
     """One pair for every held-out case and 20 for its views: the worse they are, the lower DSC and confidence."""
     model = own.load_model(segmented[0] / "out" / "model.safetensors")
-    pairs = np.reshape(model.about["calibration"], (2, 21, 2))
+    rows = np.reshape(model.about["calibration"], (2, 21, 3))
+    assert rows[0, :, 0].tolist() == [0] * 21 and rows[1, :, 0].tolist() == [1] * 21
+    pairs = rows[:, :, 1:]
     held_out = pd.read_csv(segmented[0] / "out" / "held_out.csv").groupby("case")["dsc"].mean()
     assert pairs[:, 0, 1] == pytest.approx(held_out.to_numpy(), abs=1e-4)
     assert (pairs[:, 1:5].mean(axis=1) > pairs[:, -4:].mean(axis=1)).all()
@@ -119,6 +125,10 @@ def test_no_mask_at_all_and_a_second_run_in_the_same_folder_are_errors(tmp_path,
     folder = fill(tmp_path, cases=2, labelled=0)
     with pytest.raises(DataError, match="has a mask"):
         own.segment_folder(settings_for(folder, monkeypatch))
+    nib.save(nib.Nifti1Image(scan(0)[1], np.eye(4)), folder / "masks" / "case 0.nii.gz")
+    with pytest.raises(DataError, match="has a mask.*case 0.nii.gz and its mask .* have different affines"):
+        own.segment_folder(settings_for(folder, monkeypatch))
+    (folder / "masks" / "case 0.nii.gz").unlink()
     with own.FileLock(folder / "out" / ".lock"), pytest.raises(DataError, match="another run is at work"):
         own.segment_folder(settings_for(folder, monkeypatch))
 
@@ -129,11 +139,115 @@ def test_slices_are_chosen_by_mask_and_by_range(tmp_path):
     labels[3] = 1
     store.add("a", "1", np.zeros((5, 4, 4)), labels)
     store.add("b", "1", np.zeros((9, 4, 4)))
-    cases = [Case("a", None, "mask"), Case("b", None, None)]
+    cases = [Case("a", None, "mask"), Case("b", None, None)]  # a's mask is largest in its fourth slice
     chosen = lambda how: {name: found.tolist() for name, found in chosen_slices(params.Section(slices=how), store, cases).items()}
     assert chosen("largest") == {"a": [3], "b": [6]}
     assert chosen([2, 3]) == {"a": [2, 3], "b": [2, 3]} and chosen("all")["b"] == list(range(9))
     with pytest.raises(DataError, match="folder.slices"):
         chosen("some")
-    with pytest.raises(DataError, match="no slices from 7 to 8"):
-        chosen([7, 8])
+
+
+def test_a_volume_that_is_too_short_is_left_out_and_the_others_are_not(tmp_path, monkeypatch):
+    folder = fill(tmp_path, cases=2, labelled=1, slices=5)
+    image, _ = scan(5, 2)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), folder / "images" / "short.nii.gz")
+    intake = take_in(settings_for(folder, monkeypatch, slices=[2, 4]).folder, Store(tmp_path / "slices", 32))
+    assert [case.name for case in intake.cases] == ["case 0", "case 1"]
+    assert "short.nii.gz has 2 slices, none from 2 to 4: change folder.slices" in intake.failures["short"]
+
+
+def test_flipping_left_and_right_makes_no_sense_in_sagittal_slices(tmp_path, monkeypatch):
+    settings = settings_for(fill(tmp_path, cases=1, labelled=1), monkeypatch, symmetric=True, axis=0)
+    with pytest.raises(DataError, match="folder.symmetric flips left and right"):
+        take_in(settings.folder, Store(tmp_path / "slices", 32))
+
+
+def test_labels_shrink_as_images_do_and_what_is_lost_is_said(tmp_path, monkeypatch):
+    """The centre of what is marked stays where it is; a label that vanishes is still a class, and noted."""
+    rows, columns = np.mgrid[:512, :512]
+    labels = (np.hypot(rows - 201.5, columns - 301.5) < 60).astype(np.uint8)[None]
+    small = fit_labels(labels, 128)[0]
+    for found, centre in zip(np.nonzero(small), (201.5, 301.5)):
+        assert found.mean() == pytest.approx((centre + 0.5) / 4 - 0.5, abs=0.02)
+    assert small.sum() == pytest.approx(labels.sum() / 16, rel=0.02)
+    folder = fill(tmp_path, cases=1, labelled=1, slices=1)
+    image, mask = scan(0, 1)
+    mask[0, 0] = 9  # one pixel of 40 by 36, in slices of 8
+    affine = np.diag([-2.0, 1.0, 4.0, 1.0])
+    nib.save(nib.Nifti1Image(mask, affine), folder / "masks" / "case 0.nii.gz")
+    intake = take_in(settings_for(folder, monkeypatch, size=8).folder, Store(tmp_path / "slices", 8))
+    assert intake.values == [2, 7, 9] and "label 9 is too small for slices of 8 pixels" in intake.notes["case 0"]
+
+
+def test_few_files_are_open_however_many_slices_train(tmp_path, monkeypatch):
+    folder = fill(tmp_path, cases=4, labelled=2, slices=60)
+    settings, store = settings_for(folder, monkeypatch), Store(tmp_path / "slices", 32)
+    intake = take_in(settings.folder, store)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        cohort = build(settings, store, intake, ["case 0"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(cohort.images) == 240
+
+
+def test_a_single_slice_is_scored_as_an_image(segmented, tmp_path, monkeypatch):
+    """A volume one slice thick has no inside: its HD95 would be too low."""
+    folder = fill(tmp_path, cases=1, labelled=1, slices=1)
+    store = Store(tmp_path / "slices", 32)
+    intake = take_in(settings_for(folder, monkeypatch).folder, store)
+    model = own.load_model(segmented[0] / "out" / "model.safetensors")
+    numerics = own.Numerics("cpu")
+    (case,) = intake.cases
+    found, _ = own.score_case(model, case, store, np.array([0]), numerics)
+    _, truth, grid = own.read_case(case)
+    labels, *_ = own.segment(model, store.images("case 0"), np.array([0]), grid, numerics)
+    pair = [torch.stack([torch.as_tensor(part[0] == value) for value in (2, 7)])[None].float() for part in (labels, truth)]
+    expected = own.score(*pair, ["label 2", "label 7"], grid.spacing[1:])
+    pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.mark.parametrize("what", ["images", "masks"])
+def test_inputs_are_never_written_over(tmp_path, monkeypatch, what):
+    folder = fill(tmp_path, cases=2, labelled=1)
+    with pytest.raises(DataError, match=f"{what} is the folder of the {what}: give another one"):
+        own.segment_folder(settings_for(folder, monkeypatch, output=str(folder / what)))
+
+
+def test_masks_that_somebody_has_corrected_are_kept_and_damaged_ones_are_made_again(segmented, tmp_path, monkeypatch):
+    folder = shutil.copytree(segmented[0], tmp_path / "copy")
+    settings = settings_for(folder, monkeypatch)
+    corrected, damaged = (folder / "out" / f"case {k}_mask.nii.gz" for k in (2, 4))
+    whole, image = damaged.read_bytes(), nib.load(corrected)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 0 + 7, image.affine, image.header), corrected)
+    by_hand = corrected.read_bytes()
+    damaged.write_bytes(whole[:40])
+    table = own.segment_folder(settings).set_index("case")
+    assert corrected.read_bytes() == by_hand and damaged.read_bytes() == whole
+    assert table.loc["case 2", "status"] == "kept" and "is kept: move it away" in table.loc["case 2", "note"]
+    assert not table.loc["case 2", "review"] and (table.drop("case 2")["status"] == "done").all()
+
+
+def test_a_stop_between_mask_and_confidence_map_leaves_nothing_that_is_taken_for_finished(segmented, tmp_path, monkeypatch):
+    folder = shutil.copytree(segmented[0], tmp_path / "copy")
+    settings = settings_for(folder, monkeypatch)
+    before = {file.name: file.read_bytes() for file in (folder / "out").glob("case 3_*")}
+    model = own.load_model(folder / "out" / "model.safetensors")
+    for value in model.networks[0].parameters():
+        value.data.mul_(1.1)
+    own.save_model(model, tmp_path / "other.safetensors")
+
+    def stop(slices, grid, file, write=own.write_scan):
+        if "case 3_confidence" in file.name:
+            raise KeyboardInterrupt
+        write(slices, grid, file)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(own, "write_scan", stop)
+        other = settings_for(folder, monkeypatch, masks="", model=str(tmp_path / "other.safetensors"))
+        own.segment_folder(other)
+    assert (folder / "out" / "case 3_mask.nii.gz").read_bytes() != before["case 3_mask.nii.gz"]
+    table = own.segment_folder(settings).set_index("case")
+    assert (table["status"] == "done").all()
+    assert {file.name: file.read_bytes() for file in (folder / "out").glob("case 3_*")} == before
