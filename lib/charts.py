@@ -19,6 +19,11 @@ METHOD_COLOURS = {
 }
 
 
+def under(method):
+    """How fs is drawn: broad, so that it is seen where joint, whose best round may be fs, lies upon it."""
+    return {"linewidth": 4} if method == "fs" else {}
+
+
 def thin(history, rows=500):
     """A training history averaged down to at most ``rows`` rows."""
     width = -(-len(history) // rows)
@@ -70,12 +75,12 @@ def round_curves(measured):
                         label=f"mean confidence, {split}")
             twin.plot(rows["round"], 100 * rows["folding"], style, color=METHOD_COLOURS["registration"], marker=".")
         top.set(title=f"{stage}, recipe {recipe}", ylabel="DSC")
-        top.legend(fontsize=7)
         bottom.set(xlabel="round", ylabel="mean confidence", xticks=sorted(group["round"].unique()))
         twin.set_ylabel("folding, % of pixels (blue)")
         twin.set_ylim(0, max(0.1, 110 * group["folding"].max()))
-        bottom.legend(fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    handles = [handle for ax in axes[:, 0] for handle in ax.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=7)
     return figure
 
 
@@ -114,8 +119,9 @@ def label_efficiency(table1):
             seeds, every = rows[rows["seed"].astype(str) != "all"], rows[rows["seed"].astype(str) == "all"]
             every = every.sort_values("n_labelled")
             for ax, name in zip(column, ("dsc", "hd")):
-                line = {"color": METHOD_COLOURS[method], "marker": "o", "markersize": 4}
+                line = {"color": METHOD_COLOURS[method], "marker": "o", "markersize": 4, **under(method)}
                 ax.plot(every["n_labelled"], every[f"{name}_mean"], label=method, **line)
+                ax.plot(seeds["n_labelled"], seeds[f"{name}_mean"], ".", color=METHOD_COLOURS[method], markersize=3)
                 band = seeds.groupby("n_labelled")[f"{name}_mean"].agg(["min", "max"])
                 ax.fill_between(band.index, band["min"], band["max"], color=METHOD_COLOURS[method], alpha=0.15, lw=0)
         ticks = sorted(table["n_labelled"].unique())
@@ -146,7 +152,7 @@ def reliability(bins, per_image, methods=("fs", "joint", "combined", "joint+", "
             if not len(pooled):
                 continue
             look = {"label": method, "color": METHOD_COLOURS[method]}
-            left.plot(pooled["probability"], pooled["frequency"], marker=".", **look)
+            left.plot(pooled["probability"], pooled["frequency"], marker=".", **look, **under(method))
             right.scatter(images["confidence"], images["dsc"], s=6, alpha=0.5, **look)
         left.set(title=f"recipe {recipe}", xlabel="probability of a pixel", ylabel="share truly foreground")
         right.set(xlabel="mean confidence of an image", ylabel="DSC")
@@ -168,9 +174,15 @@ def pseudo_label_course(course):
     return figure
 
 
-def save(figure, file):
-    """Write a figure as PNG and show the file; the same figure gives the same bytes. The folder is made if need be."""
+def save(figure, file, title=""):
+    """Write a figure as PNG and show the file; the same figure gives the same bytes. The folder is made if need be.
+
+    Args:
+        title: what data the figure shows; stands above it.
+    """
     Path(file).parent.mkdir(parents=True, exist_ok=True)
+    if title:
+        figure.text(0.5, 1.01, title, ha="center", va="bottom", fontsize=10)
     figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     display(Image(str(file)))

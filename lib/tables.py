@@ -124,26 +124,32 @@ def table1(per_image, comparisons):
         pandas.DataFrame. Rows with seed ``all`` are over all n_seeds: means over test images and seeds, sd over all
         of them, and dsc_seed_sd, hd_seed_sd, the sd of the seeds' means. Those of class ``mean`` also have the 95 %
         interval of the DSC over subjects (dsc_low, dsc_high) and the tests against fs of the same recipe (p_fs,
-        p_fs_holm, effect_fs) and of combined against mt (p_mt), of the DSC; star is the paper's, p_mt below 0.05.
+        p_fs_holm, effect_fs) and of combined and combined+ against mt (p_mt, difference_mt), of the DSC; star is the
+        paper's, p_mt below 0.05, uncorrected, with an arrow that says which way. Column rounds says which round was
+        tested, seed by seed.
     """
     summary = {"n_test": ("dsc", "size"), "n_empty": ("empty", "sum"), "train_seconds": ("seconds", "mean"),
-               "device": ("device", "first")}
+               "device": ("device", lambda names: "; ".join(sorted(set(names.dropna()))))}
     for name in SCORES:
         summary |= {f"{name}_mean": (name, "mean"), f"{name}_sd": (name, "std")}
     by_seed = per_image.groupby([*GROUP, "seed"], sort=False).agg(**summary).reset_index()
     overall = per_image.groupby(GROUP, sort=False).agg(**summary, n_seeds=("seed", "nunique")).reset_index()
+    tested = per_image.sort_values("seed").drop_duplicates([*GROUP, "seed"]).groupby(GROUP, sort=False)["round"]
+    joined = tested.agg(lambda numbers: ", ".join(f"{number:g}" for number in numbers)).rename("rounds").reset_index()
+    overall = overall.merge(joined, on=GROUP)
     overall["n_test"] //= overall["n_seeds"]
     spread = by_seed.groupby(GROUP, sort=False)[["dsc_mean", "hd_mean"]].std().reset_index()
     overall = overall.merge(spread.rename(columns={"dsc_mean": "dsc_seed_sd", "hd_mean": "hd_seed_sd"}), on=GROUP)
     overall = overall.merge(intervals(per_image), on=["cohort", "recipe", "rate", "method", "class"], how="left")
     tested = comparisons[comparisons["metric"] == "dsc"] if len(comparisons) else pd.DataFrame(
-        columns=["cohort", "recipe", "rate", "method", "reference", "p", "p_holm", "effect"])
+        columns=["cohort", "recipe", "rate", "method", "reference", "difference", "p", "p_holm", "effect"])
     keys = ["cohort", "recipe", "rate", "method"]
-    columns = {"fs": {"p": "p_fs", "p_holm": "p_fs_holm", "effect": "effect_fs"}, "mt": {"p": "p_mt"}}
+    columns = {"fs": {"p": "p_fs", "p_holm": "p_fs_holm", "effect": "effect_fs"}, "mt": {"p": "p_mt", "difference": "difference_mt"}}
     for reference, names in columns.items():
         rows = tested[tested["reference"] == reference][[*keys, *names]].rename(columns=names)
         overall = overall.merge(rows.assign(**{"class": "mean"}), on=[*keys, "class"], how="left")
-    overall["star"] = np.where(overall["p_mt"].astype(float) < 0.05, "*", "")
+    direction = np.where(overall["difference_mt"].astype(float) > 0, "*↑", "*↓")
+    overall["star"] = np.where(overall["p_mt"].astype(float) < 0.05, direction, "")
     whole = pd.concat([overall.assign(seed="all"), by_seed.assign(n_seeds=1)], ignore_index=True)
     ordered = ["cohort", "method", "recipe", "class", "rate", "n_labelled", "seed", "n_seeds", "n_test",
                *(f"{name}_{what}" for name in SCORES for what in ("mean", "sd")), "n_empty"]
@@ -188,6 +194,7 @@ def markdown(table):
             "seeds": row["n_seeds"], "n": row["n_test"], "DSC": spread(row, "dsc", 3) + (" " + row["star"]).rstrip(),
             "sd of seeds": "" if pd.isna(row["dsc_seed_sd"]) else f"{row['dsc_seed_sd']:.3f}",
             "HD (px)": spread(row, "hd", 2), "HD95 (px)": spread(row, "hd95", 2), "empty": row["n_empty"],
+            "round": row["rounds"],
             "p against fs": "" if pd.isna(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
         })
     return as_markdown(rows)
@@ -217,17 +224,17 @@ def beside_the_paper(table):
     ours = table[~table["cohort"].str.contains("unseen")]
     if set(ours["cohort"]) <= set(PUBLISHED):
         return beside_the_published(ours)
-    rows = []
+    rows, cohort = [], ours["cohort"].iloc[0]
     for rate in sorted(set(ours["rate"]) | {1}):
         for method in METHODS:
             found = ours[(ours["rate"] == rate) & (ours["method"] == method)].set_index("recipe")
             paper = PAPER.get((method, rate))
             if not len(found) and not paper:
                 continue
-            row = {"method": method, "rate": f"{rate:g} %"}
+            row = {"our cohort": cohort, "method": method, "rate": f"{rate:g} %"}
             for name, at, digits in (("DSC", 0, 2), ("HD", 2, 2)):
                 for recipe in ours["recipe"].unique():
-                    label = f"{name}, {'not trained' if recipe == '-' else recipe}"
+                    label = f"{name}, {'ours, not trained' if recipe == '-' else f'ours, recipe {recipe}'}"
                     row[label] = spread(found.loc[recipe], name.lower(), digits) if recipe in found.index else ""
                 row[f"{name}, the paper (other data)"] = f"{paper[at]:.2f} ± {paper[at + 1]:.2f}" if paper else ""
             rows.append(row)
@@ -295,14 +302,18 @@ def ablation_markdown(table):
 
 
 def calibrated(per_image, bins):
-    """Calibration and quality control of every method, all seeds together: one row per cohort, recipe, rate, method."""
+    """Calibration and quality control of every method: one row per cohort, recipe, rate and method.
+
+    Pixels of all seeds are taken together; rank correlation and AUROC are means over seeds, as every seed's networks
+    have a level of confidence of their own, with which they are used.
+    """
     keys = ["cohort", "recipe", "rate", "method"]
     images = per_image[(per_image["class"] == "mean") & (per_image["variant"] == "")].groupby(keys, sort=False)
     rows = []
     for key, group in bins[bins["variant"] == ""].groupby(keys, sort=False):
-        control = images.get_group(key)
-        rows.append({**dict(zip(keys, key)), "seeds": group["seed"].nunique(), **calibration.errors(group),
-                     **calibration.quality_control(control["confidence"], control["dsc"])})
+        control = pd.DataFrame([calibration.quality_control(one["confidence"], one["dsc"])
+                                for _, one in images.get_group(key).groupby("seed")])
+        rows.append({**dict(zip(keys, key)), "seeds": len(control), **calibration.errors(group), **control.mean()})
     return pd.DataFrame(rows)
 
 

@@ -49,12 +49,20 @@ def test_the_star_is_combined_against_mt_and_p_is_against_fs():
         rows_of("-", "classical", fs - 0.1),
     )
     overall = table[(table["seed"] == "all") & (table["class"] == "mean")].set_index("method")
-    assert overall["star"].to_dict() == {"fs": "", "mt": "", "combined": "*", "classical": ""}
+    assert overall["star"].to_dict() == {"fs": "", "mt": "", "combined": "*↑", "classical": ""}
     assert overall.loc["combined", "p_fs"] == pytest.approx(2 / 2**12)
     assert overall.loc["combined", "p_fs_holm"] >= overall.loc["combined", "p_fs"]
     assert np.isnan(overall.loc["fs", "p_fs"])
     classical = comparisons[(comparisons["method"] == "classical") & (comparisons["metric"] == "dsc")].iloc[0]
     assert classical["recipe"] == "paper" and classical["difference"] == pytest.approx(-0.1)
+
+
+def test_the_star_says_which_way_and_the_rounds_that_were_tested_are_named():
+    scores = np.linspace(0.5, 0.9, 24)
+    worse = [rows_of("paper", "combined", scores - 0.1, seed).assign(round=number) for seed, number in ((1, 2), (2, 0))]
+    _, _, table = whole(*worse, *(rows_of("paper", "mt", scores, seed) for seed in (1, 2)))
+    row = table[(table["seed"] == "all") & (table["class"] == "mean") & (table["method"] == "combined")].iloc[0]
+    assert row["star"] == "*↓" and row["rounds"] == "2, 0" and "*↓" in tables.markdown(table)
 
 
 def test_methods_and_recipes_come_in_reading_order():
@@ -120,3 +128,6 @@ def test_low_confidence_marks_bad_masks_in_the_calibration_table():
     row = tables.calibrated(per_image, bins).iloc[0]
     assert row["ece"] == pytest.approx(0.02) and row["brier_marked"] == 0.25
     assert row["spearman"] == pytest.approx(1) and row["auroc_worst_tenth"] == 1
+    shifted = per_image.assign(seed=2, confidence=per_image["confidence"] - 0.4)  # a second network, less confident
+    both = tables.calibrated(pd.concat([per_image, shifted]), pd.concat([bins, bins.assign(seed=2)])).iloc[0]
+    assert both["seeds"] == 2 and both["spearman"] == pytest.approx(1) and both["auroc_worst_tenth"] == 1
