@@ -78,9 +78,9 @@ def round_curves(measured):
         bottom.set(xlabel="round", ylabel="mean confidence", xticks=sorted(group["round"].unique()))
         twin.set_ylabel("folding, % of pixels (blue)")
         twin.set_ylim(0, max(0.1, 110 * group["folding"].max()))
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     handles = [handle for ax in axes[:, 0] for handle in ax.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=7)
+    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=7, handlelength=3)
     return figure
 
 

@@ -12,6 +12,7 @@ GROUP = ["cohort", "recipe", "method", "class", "rate", "n_labelled"]
 SCORES = ("dsc", "hd", "hd95")
 PAIRS = [*((method, "fs") for method in METHODS[1:]), ("combined", "mt"), ("combined+", "mt"),
          ("combined+", "joint+"), ("combined+", "registration+"), ("cctr", "joint+")]
+WITH_ROUNDS = {"registration", "joint", "combined", "registration+", "joint+", "combined+"}
 ABLATED = {"joint+": "combined+", "cctr": "cctr-b"}  # methods with variants, and what each brings along
 
 KEYS = ["cohort", "recipe", "rate", "seed", "variant"]
@@ -194,7 +195,7 @@ def markdown(table):
             "seeds": row["n_seeds"], "n": row["n_test"], "DSC": spread(row, "dsc", 3) + (" " + row["star"]).rstrip(),
             "sd of seeds": "" if pd.isna(row["dsc_seed_sd"]) else f"{row['dsc_seed_sd']:.3f}",
             "HD (px)": spread(row, "hd", 2), "HD95 (px)": spread(row, "hd95", 2), "empty": row["n_empty"],
-            "round": row["rounds"],
+            "round": row["rounds"] if row["method"] in WITH_ROUNDS else "",
             "p against fs": "" if pd.isna(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
         })
     return as_markdown(rows)
