@@ -15,8 +15,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "browser: needs Chromium and its driver, and is skipped where they are missing")
 
 
+def group_of(item):
+    """Notebooks go on from one another, and tests of one file share what is costly: each stay on one core."""
+    return "notebooks" if item.path.suffix == ".ipynb" else item.path.stem
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Notebooks go on from one another, and tests of one file share what is costly: each on one worker."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else item.path.stem))
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("dist", "no") == "loadgroup" or "PYTEST_XDIST_WORKER" in os.environ:
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+        items.sort(key=lambda item: group_of(item) not in ("notebooks", "test_training"))  # the longest first

@@ -1,7 +1,7 @@
 """From a folder of scans with masks for some to masks for all, each with a confidence map and a predicted DSC.
 
-Where five or more cases are labelled, a fifth of them is held out: their DSC chooses the best round and calibrates the
-predicted one. Where fewer are, each is left out once, and the masks are the mean of the networks that come of it.
+Where five or more cases are labelled, a fifth of them is held out: their DSC says which rounds are good, and calibrates
+the predicted one. Where fewer are, each is left out once, and the masks are the mean of the networks that come of it.
 """
 
 import errno
@@ -22,7 +22,7 @@ from lib.calibration import predict_dsc
 from lib.compute import Numerics, with_less_memory
 from lib.data import to_labels
 from lib.evaluation import dice, score
-from lib.experiment import Experiment, best_rounds, cohort_file, load_measured, load_round
+from lib.experiment import Experiment, cohort_file, load_measured, load_round
 from lib.folder import is_others, read_case, read_grid, write_scan
 from lib.intake import build, chosen_slices, class_names, digest, folds_of, take_in
 from lib.joint_plus import joint_plus_rounds
@@ -32,6 +32,8 @@ from lib.pseudo_masks import mean_confidence, segmentation_masks
 from lib.store import Store, append_line, read_lines
 from lib.training import pretrain_registration, pretrain_segmentation
 from lib.versions import JOINT_PLUS, NUMERICS
+
+TOLERANCE = 0.01  # of the DSC of held-out cases, by which a later round may be below an earlier one
 
 
 def train(settings, store, intake):
@@ -95,9 +97,21 @@ def train_fold(settings, store, intake, number, held_out, divisor=1):
     if len(experiment.data.unlabelled):
         pretrain_registration(experiment)
         joint_plus_rounds(experiment)
-        best = best_rounds(load_measured(experiment, "joint_plus"))["joint"] if held_out else own.joint_plus.rounds
-        network = load_round(experiment, best, "joint_plus")[0][0]
+        last = last_good_round(load_measured(experiment, "joint_plus")) if held_out else own.joint_plus.rounds
+        network = load_round(experiment, last, "joint_plus")[0][0]
     return network, experiment.numerics, experiment.origin
+
+
+def last_good_round(measured):
+    """The last round whose DSC on the held-out cases is at most TOLERANCE below the best.
+
+    Held-out cases are few: they see that a round has gone wrong, not which of several good ones is best on all others.
+
+    Args:
+        measured: see experiment.load_measured.
+    """
+    scores = measured[measured["split"] == "validation"].set_index("round")["dsc_segmentation"]
+    return int(scores.index[scores >= scores.max() - TOLERANCE].max())
 
 
 def fold_settings(settings, number, validated=True, divisor=1):
@@ -347,7 +361,8 @@ def trained(settings, store, intake, output):
     names = ("axis", "size", "slices", "symmetric", "unlabelled", "labelled", "degraded_views", "degradation", "licence")
     options = {name: settings.folder[name] for name in names}
     prints = [store.index[case.name]["fingerprint"] for case in intake.cases]
-    key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, JOINT_PLUS)
+    key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, JOINT_PLUS,
+                      TOLERANCE)
     file = output / "model.safetensors"
     try:
         model = load_model(file)

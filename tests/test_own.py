@@ -84,6 +84,13 @@ def test_fewer_than_five_labelled_cases_are_left_out_in_turn(segmented):
     assert len(held_out) == 2
 
 
+def test_few_held_out_cases_refuse_a_bad_round_and_do_not_choose_among_good_ones():
+    measured = lambda *scores: pd.DataFrame([{"round": k, "split": split, "dsc_segmentation": score}
+                                             for k, score in enumerate(scores) for split in ("validation", "unlabelled")])
+    assert own.last_good_round(measured(0.936, 0.91, 0.934)) == 2
+    assert own.last_good_round(measured(0.936, 0.93, 0.80)) == 1
+
+
 def test_worse_views_of_held_out_cases_say_what_low_confidence_means(segmented):
     """One pair for every held-out case and 20 for its views: the worse they are, the lower DSC and confidence."""
     model = own.load_model(segmented[0] / "out" / "model.safetensors")
