@@ -84,7 +84,7 @@ def predict_dsc(pairs, confidence):
     PRIOR cases; with few of them the interval is wide.
 
     Args:
-        pairs: rows of (number of the case, mean confidence, DSC).
+        pairs: rows of (number of the case, or of the subject that cases are of, mean confidence, DSC).
 
     Returns:
         (predicted, low, high), in [0, 1]; NaN where there are too few rows: one for all, two for the interval.

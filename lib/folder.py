@@ -282,8 +282,9 @@ def write_scan(slices, grid, file):
 
 
 def mark_of(array):
-    """What the header of a file that we have written says of its content."""
-    return f"joint segmentation {zlib.crc32(np.ascontiguousarray(array)):08x}".encode()
+    """What the header of a file that we have written says of its content, in whatever order its bytes are stored."""
+    native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    return f"joint segmentation {zlib.crc32(native):08x}".encode()
 
 
 def is_others(file):

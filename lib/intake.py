@@ -1,6 +1,7 @@
 """A folder of scans as a cohort: which cases can be used, which of their slices, and which are held out."""
 
 import hashlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from lib.folder import find_cases, read_case
 from lib.params import fingerprint
 from lib.volumes import OwnCohort, fit_labels, fit_to, scaled
 
-LEAVE_ONE_OUT = 5  # below so many labelled cases each is left out once
+LEAVE_ONE_OUT = 5  # below so many labelled subjects each is left out once
 SLICES = "upright, labels by share"  # how slices are made; another way has another name
 
 
@@ -125,17 +126,43 @@ def chosen_slices(settings, store, cases):
     return {case.name: np.arange(len(store.images(case.name)))[first : last + 1] for case in cases}
 
 
-def folds_of(names, seed):
-    """Names of the labelled cases that are held out, once per network to be trained.
+def subjects_of(names, pattern):
+    """Dictionary of subject to its cases: cases are of one subject where the pattern's first group is the same in them.
 
-    One case alone cannot be held out: the one fold is then empty.
+    Args:
+        names: of cases.
+        pattern: regular expression; a case in which it is not found, or any where it is empty, is a subject of its own.
+
+    Raises:
+        DataError: it is no regular expression with a group.
     """
-    if len(names) == 1:
+    try:
+        if pattern and not re.compile(pattern).groups:
+            raise re.error("there is no group in it")
+        found = {name: re.search(pattern, name) if pattern else None for name in names}
+    except re.error as error:
+        raise DataError(f"folder.subject '{pattern}' cannot be used ({error}): write e.g. (sub-[0-9]+)") from error
+    subjects = {}
+    for name, match in found.items():
+        subjects.setdefault((match[1] if match else None) or name, []).append(name)
+    return subjects
+
+
+def folds_of(subjects, seed):
+    """Names of the labelled cases that are held out, once per network to be trained: all of a subject or none.
+
+    One subject alone cannot be held out: the one fold is then empty.
+
+    Args:
+        subjects: of ``subjects_of``.
+    """
+    cases = list(subjects.values())
+    if len(cases) == 1:
         return [()]
-    if len(names) < LEAVE_ONE_OUT:
-        return [(name,) for name in names]
-    order = np.random.default_rng([seed, 2]).permutation(len(names))
-    return [tuple(names[k] for k in sorted(order[: round(len(names) / 5)]))]
+    if len(cases) < LEAVE_ONE_OUT:
+        return [tuple(names) for names in cases]
+    order = np.random.default_rng([seed, 2]).permutation(len(cases))
+    return [tuple(name for k in sorted(order[: round(len(cases) / 5)]) for name in cases[k])]
 
 
 def build(settings, store, intake, held_out):

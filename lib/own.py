@@ -1,6 +1,6 @@
 """From a folder of scans with masks for some to masks for all, each with a confidence map and a predicted DSC.
 
-Where five or more cases are labelled, a fifth of them is held out: their DSC says which rounds are good, and calibrates
+Where five or more subjects are labelled, a fifth of them is held out: their DSC says which rounds are good, and calibrates
 the predicted one. Where fewer are, each is left out once, and the masks are the mean of the networks that come of it.
 """
 
@@ -24,7 +24,7 @@ from lib.data import to_labels
 from lib.evaluation import dice, score
 from lib.experiment import Experiment, cohort_file, load_measured, load_round
 from lib.folder import is_others, read_case, read_grid, write_scan
-from lib.intake import build, chosen_slices, class_names, digest, folds_of, take_in
+from lib.intake import build, chosen_slices, class_names, digest, folds_of, subjects_of, take_in
 from lib.joint_plus import joint_plus_rounds
 from lib.model_file import Model, load_model, save_model
 from lib.params import fingerprint, section
@@ -63,7 +63,9 @@ def train(settings, store, intake):
              "normalisation": settings.segmentation.normalisation, "pseudo_masks": settings.pseudo_masks,
              "symmetric": options.symmetric, "licence": options.licence}
     networks, keys, held, pairs = [], [], [], []
-    for number, held_out in enumerate(folds_of([case.name for case in intake.labelled], settings.seed)):
+    subjects = subjects_of([case.name for case in intake.labelled], options.subject)
+    number_of = {name: number for number, names in enumerate(subjects.values()) for name in names}
+    for number, held_out in enumerate(folds_of(subjects, settings.seed)):
         train_one = lambda divisor: train_fold(settings, store, intake, number, held_out, divisor)
         network, numerics, key = with_less_memory(train_one, "training")
         networks.append(network.eval())
@@ -74,8 +76,8 @@ def train(settings, store, intake):
                 with_memory = lambda work, *more: with_less_memory(
                     lambda divisor: work(model, case, store, positions, *more, numerics.sharing(1 / divisor)), case.name)
                 scores, confidence = with_memory(score_case)
-                pairs.append([len(held), confidence, float(scores["dsc"].mean())])
-                pairs += [[len(held), *pair] for pair in with_memory(degraded_pairs, settings)]
+                pairs.append([number_of[case.name], confidence, float(scores["dsc"].mean())])
+                pairs += [[number_of[case.name], *pair] for pair in with_memory(degraded_pairs, settings)]
                 held.append(scores.assign(image=case.name))
     columns = ["case", "class", "dsc", "hd", "hd95"]
     table = pd.concat(held).rename(columns={"image": "case"})[columns] if held else pd.DataFrame(columns=columns)
@@ -358,7 +360,7 @@ def trained(settings, store, intake, output):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
     others = "grid", "folder", "cctr", "baseline", *params.CHOICES["cohort"]
     relevant = {key: value for key, value in settings.items() if key not in others}
-    names = ("axis", "size", "slices", "symmetric", "unlabelled", "labelled", "degraded_views", "degradation", "licence")
+    names = ("axis", "size", "slices", "subject", "symmetric", "unlabelled", "labelled", "degraded_views", "degradation", "licence")
     options = {name: settings.folder[name] for name in names}
     prints = [store.index[case.name]["fingerprint"] for case in intake.cases]
     key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, JOINT_PLUS,

@@ -132,9 +132,10 @@ class Viewer:
         figure.savefig(file, format="png", dpi=100)
         return file.getvalue()
 
-    def save(self, file):
-        """Write the still picture, all layers of the slice that is chosen now, as PNG."""
-        Path(file).write_bytes(self.render(*self.chosen, "all", True, self.text))
+    def save(self, file, number):
+        """Write all layers of the slice that is chosen now, as they are in round ``number``, as PNG."""
+        case, slice, _ = self.chosen
+        Path(file).write_bytes(self.render(case, slice, number, "all", True, f"{case}, round {number}"))
 
     def show(self):
         """Display the widget, and below it the still picture: all layers of the slice that is chosen now.

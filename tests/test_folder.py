@@ -75,6 +75,22 @@ def test_a_mask_may_be_stored_the_other_way_round_on_the_same_grid(tmp_path):
         folder.read_case(folder.Case("a", image, mask))
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_files_that_were_written_here_are_known_until_they_are_changed(tmp_path, order):
+    image = nib.Nifti1Image(noise(4, 5, 6), np.eye(4), nib.Nifti1Header(endianness=order))
+    nib.save(image, tmp_path / "a.nii")
+    slices, grid = folder.read_scan(tmp_path / "a.nii")
+    for values in slices.astype(np.uint8), slices / 1000:
+        folder.write_scan(values, grid, tmp_path / "b.nii.gz")
+        assert not folder.is_others(tmp_path / "b.nii.gz")
+        again = nib.load(tmp_path / "b.nii.gz")
+        changed = np.array(again.dataobj)
+        changed[1, 2, 3] += 1
+        nib.save(nib.Nifti1Image(changed, again.affine, again.header), tmp_path / "c.nii.gz")
+        assert folder.is_others(tmp_path / "c.nii.gz")
+    assert folder.is_others(tmp_path / "a.nii") and not folder.is_others(tmp_path / "none.nii")
+
+
 def test_hidden_files_are_no_scans_and_a_link_to_itself_is_named(tmp_path):
     write(tmp_path / "a.nii", noise(4, 5, 6))
     (tmp_path / "._a.nii").write_bytes(b"what macOS leaves on other disks")

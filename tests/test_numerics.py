@@ -24,14 +24,14 @@ KNOWN = {
 }
 # Of a cohort of volumes; CCT-R by its parts, and the DSC of both networks on the validation images in the end.
 KNOWN_OF_VOLUMES = {
-    "pooled Dice/positives in every volume": {
-        "segmentation": [0.75941, 0.59964],
+    "labels by share/positives in every volume": {
+        "segmentation": [0.76125, 0.60165],
         "registration": [0.19777, 0.15181],
-        "mean_teacher": [0.79035, 0.62300],
-        "joint": [0.49462, 0.38491],
-        "joint_plus": [0.15578, 0.32283],
-        "warped labels": [0.67347, 0.68374],
-        "cctr": [5.86763, 4.82155, 2.87197, 1.21774, 1.09071, 4.39445, 4.20741, 0.50204, 0.47303],
+        "mean_teacher": [0.79163, 0.62388],
+        "joint": [0.49516, 0.38501],
+        "joint_plus": [0.14128, 0.31900],
+        "warped labels": [0.66129, 0.68128],
+        "cctr": [5.91734, 4.85826, 2.90616, 1.21664, 1.08937, 4.41047, 4.22413, 0.48673, 0.47430],
     },
 }
 

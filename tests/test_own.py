@@ -10,7 +10,7 @@ import torch
 
 from lib import DataError, own, params
 from lib.folder import Case
-from lib.intake import build, chosen_slices, folds_of, take_in
+from lib.intake import build, chosen_slices, folds_of, subjects_of, take_in
 from lib.store import Store
 from lib.volumes import fit_labels
 
@@ -79,9 +79,22 @@ def test_fewer_than_five_labelled_cases_are_left_out_in_turn(segmented):
     assert len(model.networks) == 2 and model.about["values"] == [2, 7]
     assert segmented[1]["predicted_dsc"].between(0, 1).all()
     names = [f"c{k}" for k in range(10)]
-    assert folds_of(names[:1], 1) == [()] and folds_of(names[:4], 1) == [("c0",), ("c1",), ("c2",), ("c3",)]
-    (held_out,) = folds_of(names, 1)
+    folds = lambda names, pattern="": folds_of(subjects_of(names, pattern), 1)
+    assert folds(names[:1]) == [()] and folds(names[:4]) == [("c0",), ("c1",), ("c2",), ("c3",)]
+    (held_out,) = folds(names)
     assert len(held_out) == 2
+
+
+def test_cases_of_one_subject_are_held_out_together():
+    names = [f"sub-{k:02d}_ses-{n}" for k in range(10) for n in (1, 2)] + ["other"]
+    subjects = subjects_of(names, "(sub-[0-9]+)")
+    assert len(subjects) == 11 and subjects["sub-03"] == ["sub-03_ses-1", "sub-03_ses-2"] and subjects["other"] == ["other"]
+    (held_out,) = folds_of(subjects, 1)
+    assert all(len({name in held_out for name in members}) == 1 for members in subjects.values()) and len(held_out) >= 2
+    assert folds_of(subjects_of(names[:4], "(sub-[0-9]+)"), 1) == [tuple(names[:2]), tuple(names[2:4])]
+    for wrong in ("sub-[0-9]+", "(sub"):
+        with pytest.raises(DataError, match="folder.subject .* cannot be used"):
+            subjects_of(names, wrong)
 
 
 def test_few_held_out_cases_refuse_a_bad_round_and_do_not_choose_among_good_ones():
