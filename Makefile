@@ -13,7 +13,7 @@ repro: .venv/ready
 	$(ACTIVATE) && dvc repro
 
 demonstration: .venv/ready
-	$(ACTIVATE) && dvc repro demonstration/dvc.yaml
+	$(ACTIVATE) && dvc repro demonstration/dvc.yaml:own_data
 
 test: .venv/ready
 	$(ACTIVATE) && pytest -n auto --dist loadgroup --nbval-lax --nbval-current-env notebooks tests

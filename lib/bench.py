@@ -24,6 +24,7 @@ class Plain:
 
     precision = "float32"
     memory_format = torch.contiguous_format
+    share = 1.0
 
     def __init__(self, device):
         self.device = device
