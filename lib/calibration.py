@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 BINS = 20
-PRIOR = 2  # cases
+PRIOR = 2  # cases, as which it counts in predict_dsc that cases may scatter no more than views of one do
 MARKED = 1  # first bin that counts as marked: probabilities from 0.05
 
 
@@ -98,15 +98,16 @@ def predict_dsc(pairs, confidence):
     spread = float(((x - x.mean()) ** 2).sum())
     slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum() / spread)) if n >= 3 and spread > 0 else 0.0
     predicted = float(y.mean() + slope * (confidence - x.mean()))
-    left = pd.Series(y - y.mean() - slope * (x - x.mean())).groupby(case)
-    cases = left.ngroups
+    residual = pd.Series(y - y.mean() - slope * (x - x.mean()))
+    of_cases = residual.groupby(case)
+    cases = of_cases.ngroups
     inner = n - cases - (slope > 0)
-    views = float(((left.obj - left.transform("mean")) ** 2).sum() / inner) if inner > 0 else 0.0
+    views = float(((residual - of_cases.transform("mean")) ** 2).sum() / inner) if inner > 0 else 0.0
     prior = PRIOR if inner > 0 else -(slope > 0)  # without views there are the cases alone
     freedom = prior + cases - 1
     if freedom < 1:
         return float(np.clip(predicted, 0, 1)), np.nan, np.nan
-    between = (prior * views + float((left.mean() ** 2).sum())) / freedom
+    between = (prior * views + float((of_cases.mean() ** 2).sum())) / freedom
     tilt = views * (confidence - x.mean()) ** 2 / spread if slope > 0 else 0.0
     reach = stats.t.ppf(0.975, freedom) * np.sqrt(views + between * (1 + 1 / cases) + tilt)
     return tuple(float(value) for value in np.clip((predicted, predicted - reach, predicted + reach), 0, 1))

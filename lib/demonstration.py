@@ -12,8 +12,8 @@ from lib.experiment import cohort_file
 def write_demonstration(settings, folder):
     """Write images, a few of them with masks, as a user would bring them.
 
-    One slice of every subject is taken, until there are as many as asked for; the first get masks. What the masks of the
-    others would be goes to a folder of its own, to be compared with afterwards.
+    One slice of every subject is taken, whatever split it is in, until there are as many as asked for; the first get
+    masks. What the masks of the others would be goes to a folder of its own, to be compared with afterwards.
 
     Args:
         settings: as params.load gives them, of the pipeline's cohort; its section folder.demonstration says how many.
@@ -25,7 +25,8 @@ def write_demonstration(settings, folder):
     options, folder = settings.folder.demonstration, Path(folder)
     cohort = load_cohort(cohort_file(settings))
     _, firsts = np.unique(cohort.subjects, return_index=True)
-    chosen = np.random.default_rng([settings.seed, 3]).permutation(firsts[cohort.split[firsts] != "unseen"])[: options.cases]
+    known = firsts[cohort.split[firsts] != "unseen"]
+    chosen = np.random.default_rng([settings.seed, 3]).permutation(known)[: options.cases]
     for part in ("images", "masks", "hidden"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for file in (folder / part).glob("*.nii.gz"):

@@ -64,11 +64,13 @@ def take_in(settings, store):
         OSError: the store's disk is full: what cannot be kept is no fault of the case.
     """
     if settings.symmetric and settings.axis == 0:
-        raise DataError("folder.symmetric flips left and right, which slices along folder.axis 0 do not have: set it to false")
+        raise DataError("folder.symmetric flips left and right, which slices along folder.axis 0 do not have: set it to "
+                        "false")
     first, last = range_of(settings.slices) or (0, 0)
     cases, failures, notes, values = [], {}, {}, set()
     allowed = {0, *settings.labels} if settings.labels else None
-    for case in tqdm(find_cases(settings.images, settings.masks or None, settings.pattern), desc="reading", unit="case"):
+    found = find_cases(settings.images, settings.masks or None, settings.pattern)
+    for case in tqdm(found, desc="reading", unit="case"):
         try:
             key = prints_of(case, settings)
             if not store.has(case.name, key):
@@ -80,13 +82,13 @@ def take_in(settings, store):
             if not len(range(count)[first : last + 1]):
                 raise DataError(f"{case.image} has {count} slices, none from {first} to {last}: change folder.slices")
             if case.mask:
-                found = set(store.index[case.name]["drawn"])
-                if not found:
+                drawn = set(store.index[case.name]["drawn"])
+                if not drawn:
                     notes[case.name] = f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
-                elif lost := found - set(np.unique(store.labels(case.name)).tolist()):
+                elif lost := drawn - set(np.unique(store.labels(case.name)).tolist()):
                     notes[case.name] = (f"{case.mask}: label {min(lost)} is too small for slices of {settings.size} "
                                         "pixels: raise folder.size")
-                values |= found
+                values |= drawn
             cases.append(case)
         except DataError as error:
             failures[case.name] = str(error)

@@ -1,7 +1,8 @@
 """From a folder of scans with masks for some to masks for all, each with a confidence map and a predicted DSC.
 
-Where five or more subjects are labelled, a fifth of them is held out: their DSC says which rounds are good, and calibrates
-the predicted one. Where fewer are, each is left out once, and the masks are the mean of the networks that come of it.
+Where five or more subjects are labelled, a fifth of them is held out: their DSC says which rounds are good, and
+calibrates the predicted one. Where fewer are, each is left out once, and the masks are the mean of the networks that
+come of it.
 """
 
 import errno
@@ -264,8 +265,8 @@ def at_work(settings):
             yield output
         except OSError as error:
             full = error.errno in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # safetensors gives no number
-            raise DataError(f"{output} cannot be written to ({error}): make room; " if full else f"{error}; "
-                            "what is finished is kept, and the same command goes on from here") from error
+            what = f"{output} cannot be written to ({error}): make room" if full else str(error)
+            raise DataError(f"{what}; what is finished is kept, and the same command goes on from here") from error
 
 
 def segment_folder(settings):
@@ -293,7 +294,8 @@ def segment_folder(settings):
         intake = take_in(options, store)
         for reason in intake.failures.values():  # now, not after hours of training
             tqdm.write(f"left out: {reason}")
-        tqdm.write(f"{len(intake.cases)} cases, {len(intake.labelled)} of them with masks; {len(intake.failures)} left out")
+        counts = len(intake.cases), len(intake.labelled), len(intake.failures)
+        tqdm.write("{} cases, {} of them with masks; {} left out".format(*counts))
         if model is None:
             model = trained(settings, store, intake, output)
         table = summary(segment_cases(settings, model, store, intake, output), model.about["classes"], options.review)

@@ -62,6 +62,25 @@ class Review:
                 scores[name] = float(dice(*pair).mean())
         return pd.Series(scores, name="dsc", dtype=float)
 
+    def agreement(self, true_dsc):
+        """How well the predicted DSC foretells the true one.
+
+        Args:
+            true_dsc: as ``dsc_with`` gives it.
+
+        Returns:
+            pandas.Series: masks (their number), dsc and predicted_dsc (means), worst_dsc, inside (how many lie within
+            their interval), width (of the intervals, median), spearman (of predicted and true DSC) and flagged.
+        """
+        table = self.table.loc[true_dsc.index]
+        inside = true_dsc.between(table["predicted_low"], table["predicted_high"])
+        return pd.Series({
+            "masks": len(table), "dsc": true_dsc.mean(), "predicted_dsc": table["predicted_dsc"].mean(),
+            "worst_dsc": true_dsc.min(), "inside": int(inside.sum()),
+            "width": (table["predicted_high"] - table["predicted_low"]).median(),
+            "spearman": table["predicted_dsc"].corr(true_dsc, "spearman"), "flagged": int(table["review"].sum()),
+        })
+
     def contact_sheet(self, count=12, columns=6):
         """The least certain cases: image with mask above, confidence below, at the slice where most is marked."""
         worst = self.table.sort_values(["predicted_dsc", "confidence"]).head(count)

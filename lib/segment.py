@@ -65,9 +65,10 @@ def segment(settings):
     with at_work(settings):
         review = Review(settings, table, load_model(settings.folder.model or output / "model.safetensors"))
         if len(review.table):
-            for figure, name in (review.predictions(), "confidence.png"), (review.contact_sheet(), "least_certain.png"):
-                figure.savefig(output / f".{name}.partial", dpi=110, format="png")
-                (output / f".{name}.partial").replace(output / name)
+            for figure, name in (review.predictions(), "confidence"), (review.contact_sheet(), "least_certain"):
+                partial = output / f".{name}.partial"
+                figure.savefig(partial, dpi=110, format="png")
+                partial.replace(output / f"{name}.png")
     failed = table[table["status"] == "failed"]
     for row in failed.itertuples():
         print(f"failed: {row.case}: {row.note}", file=sys.stderr)

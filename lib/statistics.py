@@ -64,6 +64,14 @@ def interval(values, level=0.95):
     return tuple(map(float, found.confidence_interval))
 
 
+def interval_of_few(values, level=0.95):
+    """Student's t interval of the mean of a few values, (low, high); NaN where there is one alone."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    reach = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    return float(np.mean(values) - reach), float(np.mean(values) + reach)
+
+
 def compare(per_image, pairs, metrics=("dsc", "hd")):
     """Paired comparisons of methods on the same test subjects.
 
@@ -74,8 +82,9 @@ def compare(per_image, pairs, metrics=("dsc", "hd")):
 
     Returns:
         pandas.DataFrame, one row per cohort, recipe, rate, metric and pair: n_subjects, n_seeds, difference (method
-        minus reference) with its 95 % bootstrap interval, effect, p, and p_holm, corrected over the comparisons of
-        the same cohort and metric. Both methods of a pair are taken with the seeds that both have.
+        minus reference) with its 95 % bootstrap interval over subjects (low, high) and its t interval over seeds
+        (seeds_low, seeds_high; NaN with one), the subjects in which the method has the larger and the smaller value
+        (n_larger, n_smaller), effect, p, and p_holm, corrected over the comparisons of the same cohort and metric. Both methods of a pair are taken with the seeds that both have.
     """
     rows = []
     mean = per_image[per_image["class"] == "mean"]
@@ -91,11 +100,15 @@ def compare(per_image, pairs, metrics=("dsc", "hd")):
                     continue
                 both = per_subject(chosen, metric)[[method, reference]].dropna()
                 p, effect = wilcoxon(both[method], both[reference])
-                low, high = interval(both[method] - both[reference])
+                gain = both[method] - both[reference]
+                low, high = interval(gain)
+                by_seed = [per_subject(rows_of_seed, metric) for _, rows_of_seed in chosen.groupby("seed")]
+                seeds_low, seeds_high = interval_of_few([(one[method] - one[reference]).mean() for one in by_seed])
                 rows.append({
                     "cohort": cohort, "recipe": recipe, "rate": rate, "metric": metric, "method": method,
                     "reference": reference, "n_subjects": len(both), "n_seeds": len(common),
-                    "difference": float((both[method] - both[reference]).mean()), "low": low, "high": high,
+                    "difference": float(gain.mean()), "low": low, "high": high, "seeds_low": seeds_low,
+                    "seeds_high": seeds_high, "n_larger": int((gain > 0).sum()), "n_smaller": int((gain < 0).sum()),
                     "effect": effect, "p": p,
                 })
     found = pd.DataFrame(rows)

@@ -135,9 +135,9 @@ def table1(per_image, comparisons):
         summary |= {f"{name}_mean": (name, "mean"), f"{name}_sd": (name, "std")}
     by_seed = per_image.groupby([*GROUP, "seed"], sort=False).agg(**summary).reset_index()
     overall = per_image.groupby(GROUP, sort=False).agg(**summary, n_seeds=("seed", "nunique")).reset_index()
-    tested = per_image.sort_values("seed").drop_duplicates([*GROUP, "seed"]).groupby(GROUP, sort=False)["round"]
-    joined = tested.agg(lambda numbers: ", ".join(f"{number:g}" for number in numbers)).rename("rounds").reset_index()
-    overall = overall.merge(joined, on=GROUP)
+    rounds = per_image.sort_values("seed").drop_duplicates([*GROUP, "seed"]).groupby(GROUP, sort=False)["round"]
+    joined = rounds.agg(lambda numbers: ", ".join(f"{number:g}" for number in numbers))
+    overall = overall.merge(joined.rename("rounds").reset_index(), on=GROUP)
     overall["n_test"] //= overall["n_seeds"]
     spread = by_seed.groupby(GROUP, sort=False)[["dsc_mean", "hd_mean"]].std().reset_index()
     overall = overall.merge(spread.rename(columns={"dsc_mean": "dsc_seed_sd", "hd_mean": "hd_seed_sd"}), on=GROUP)
@@ -145,7 +145,8 @@ def table1(per_image, comparisons):
     tested = comparisons[comparisons["metric"] == "dsc"] if len(comparisons) else pd.DataFrame(
         columns=["cohort", "recipe", "rate", "method", "reference", "difference", "p", "p_holm", "effect"])
     keys = ["cohort", "recipe", "rate", "method"]
-    columns = {"fs": {"p": "p_fs", "p_holm": "p_fs_holm", "effect": "effect_fs"}, "mt": {"p": "p_mt", "difference": "difference_mt"}}
+    columns = {"fs": {"p": "p_fs", "p_holm": "p_fs_holm", "effect": "effect_fs"},
+               "mt": {"p": "p_mt", "difference": "difference_mt"}}
     for reference, names in columns.items():
         rows = tested[tested["reference"] == reference][[*keys, *names]].rename(columns=names)
         overall = overall.merge(rows.assign(**{"class": "mean"}), on=[*keys, "class"], how="left")

@@ -167,13 +167,13 @@ def test_a_full_disk_stops_the_run_and_nothing_finished_is_lost(finished, tmp_pa
     folder, before = finished
     new = fill(tmp_path / folder.name, cases=7, labelled=5, slices=1)
     for size in (3_000, 60_000, 2_000_000):  # reached in reading, by the cohort and by the weights
-        with disk_of(size), pytest.raises(DataError, match="cannot be written to .*File too large.*make room"):
+        with disk_of(size), pytest.raises(DataError, match="cannot be written to .*File too large.*make room; what is finished is kept"):
             own.segment_folder(settings_for(new))
         assert not list((new / "out").rglob("*partial*"))
     assert len(Store(new / "out" / "work" / "slices" / "32", 32).index) == 7
     lost = folder / "out" / "case 3_confidence.nii.gz"
     lost.unlink()
-    with disk_of(300), pytest.raises(DataError, match="cannot be written to .*File too large.*make room"):
+    with disk_of(300), pytest.raises(DataError, match="cannot be written to .*File too large.*make room; what is finished is kept"):
         own.segment_folder(settings_for(folder))
     assert {name: content for name, content in before.items() if "case 3_conf" not in name} == outcome(folder)
     own.segment_folder(settings_for(folder))

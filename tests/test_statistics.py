@@ -72,3 +72,20 @@ def test_only_seeds_that_both_methods_have_are_compared():
     frame = pd.DataFrame(rows("fs", fs) + rows("joint", joint) + rows("fs", [0.0] * 6, seed=2))
     found = statistics.compare(frame, [("joint", "fs")], ["dsc"]).iloc[0]
     assert found["difference"] == pytest.approx((0.2 + 0.1 + 0.1) / 3) and found["n_seeds"] == 1
+
+
+def test_a_comparison_counts_subjects_and_knows_how_seeds_differ():
+    """Three seeds with gains of 0.1, 0.2 and 0.3 in every subject but one, which loses as much."""
+    rows = []
+    for seed, gain in ((1, 0.1), (2, 0.2), (3, 0.3)):
+        for k in range(5):
+            for method, dsc in (("fs", 0.5), ("joint", 0.5 + gain * (-1 if k == 4 else 1))):
+                rows.append({"cohort": "a", "recipe": "paper", "rate": 1, "seed": seed, "class": "mean", "subject": f"s{k}",
+                             "slice": k, "method": method, "dsc": dsc})
+    found = statistics.compare(pd.DataFrame(rows), [("joint", "fs")], ["dsc"]).iloc[0]
+    assert (found["n_larger"], found["n_smaller"]) == (4, 1)
+    gains = 0.6 * np.array([0.1, 0.2, 0.3])
+    expected = stats.t.interval(0.95, 2, gains.mean(), stats.sem(gains))
+    assert (found["seeds_low"], found["seeds_high"]) == pytest.approx(expected)
+    single = statistics.compare(pd.DataFrame(rows).query("seed == 1"), [("joint", "fs")], ["dsc"]).iloc[0]
+    assert np.isnan(single["seeds_low"]) and np.isnan(single["seeds_high"])
