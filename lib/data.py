@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lib import DataError
+from lib.files import replacing
 from lib.params import ROOT
 
 SPLITS = ("train", "validation", "test", "unseen")  # unseen: another anatomy, tested only
@@ -77,14 +78,8 @@ class Cohort:
 
     def save(self, file):
         """Write the cohort as one .npz file; the same cohort gives the same bytes."""
-        file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial.npz")
-        try:
+        with replacing(file) as partial:
             np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def load_cohort(file):

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -13,6 +12,7 @@ import torch
 from lib import pseudo_masks
 from lib.compute import Numerics
 from lib.data import Tensors, load_cohort
+from lib.files import replacing
 from lib.models import MrRegNet, ResidualUNet
 from lib.params import fingerprint, work_folder
 from lib.selection import coverage_order
@@ -115,19 +115,10 @@ def save_atomically(contents, file):
     Raises:
         OSError: the folder cannot be written to, or the disk is full.
     """
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
     whole = io.BytesIO()  # torch.save to the disk itself hides that it is full behind an error of its own
     torch.save(contents, whole)
-    try:
-        with open(partial, "wb") as stream:
-            stream.write(whole.getbuffer())
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as partial:
+        partial.write_bytes(whole.getbuffer())
 
 
 def load_saved(file, device):

@@ -1,7 +1,6 @@
 """A user's own folder of NIfTI images, with masks for some; and results written back onto the grids they came from."""
 
 import gzip
-import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 
 from lib import DataError
 from lib.data import check_image
+from lib.files import replacing
 
 ENDINGS = (".nii.gz", ".nii")
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # nibabel's way to say right, anterior, superior
@@ -271,14 +271,8 @@ def write_scan(slices, grid, file):
     Raises:
         OSError: the folder cannot be written to, or the disk is full.
     """
-    file = Path(file)
-    partial = file.with_name(f".{file.name.removesuffix('.nii.gz')}.partial.nii.gz")
-    try:
+    with replacing(file) as partial:
         nib.save(grid.image(slices), partial)
-        flush(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def mark_of(array):
@@ -295,9 +289,3 @@ def is_others(file):
         return False
     stored = nib.load(file)
     return bytes(stored.header["descrip"]).rstrip(b"\0") != mark_of(np.asarray(stored.dataobj))
-
-
-def flush(file):
-    """Wait until a file's bytes are on the disk: what is renamed before may be empty after a power cut."""
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())

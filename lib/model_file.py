@@ -1,7 +1,6 @@
 """A trained model as one file: safetensors, so that nothing in it is ever executed."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib import DataError
-from lib.folder import flush
+from lib.files import replacing
 from lib.models import ResidualUNet
 from lib.params import fingerprint
 from lib.training import weights_digest
@@ -61,15 +60,11 @@ def save_model(model, file):
                for k, network in enumerate(model.networks) for name, value in network.state_dict().items()}
     about = {**model.about, "networks": len(model.networks)}
     about |= {"checksum": checksum(about, model.networks), "format": FORMAT, "version": VERSION}
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        save_file(tensors, partial, {"about": json.dumps(about)})  # one entry: several are written in random order
-        flush(partial)
-        os.replace(partial, file)
-    except SafetensorError as error:  # as which the full disk comes
-        raise OSError(f"{file} cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as partial:
+        try:
+            save_file(tensors, partial, {"about": json.dumps(about)})  # one entry: several are written in random order
+        except SafetensorError as error:  # as which the full disk comes
+            raise OSError(f"{file} cannot be written ({error})") from error
 
 
 def load_model(file):

@@ -24,13 +24,14 @@ from lib.compute import Numerics, with_less_memory
 from lib.data import to_labels
 from lib.evaluation import dice, score
 from lib.experiment import Experiment, cohort_file, load_measured, load_round
+from lib.files import append_line, read_lines, replacing
 from lib.folder import is_others, read_case, read_grid, write_scan
 from lib.intake import build, chosen_slices, class_names, digest, folds_of, subjects_of, take_in
 from lib.joint_plus import joint_plus_rounds
 from lib.model_file import Model, load_model, save_model
 from lib.params import fingerprint, section
 from lib.pseudo_masks import mean_confidence, segmentation_masks
-from lib.store import Store, append_line, read_lines
+from lib.store import Store
 from lib.training import pretrain_registration, pretrain_segmentation
 from lib.versions import JOINT_PLUS, NUMERICS
 
@@ -337,12 +338,8 @@ def segment_cases(settings, model, store, intake, output):
 
 def write_table(table, file):
     """Write a CSV file; leaves either the old file or the whole new one."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
+    with replacing(file) as partial:
         table.round(4).to_csv(partial, index=False)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def summary(rows, classes, review):

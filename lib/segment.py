@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 
 from lib import DataError, params
+from lib.files import replacing
 from lib.model_file import load_model
 from lib.own import at_work, segment_folder
 from lib.review import Review
@@ -66,9 +67,8 @@ def segment(settings):
         review = Review(settings, table, load_model(settings.folder.model or output / "model.safetensors"))
         if len(review.table):
             for figure, name in (review.predictions(), "confidence"), (review.contact_sheet(), "least_certain"):
-                partial = output / f".{name}.partial"
-                figure.savefig(partial, dpi=110, format="png")
-                partial.replace(output / f"{name}.png")
+                with replacing(output / f"{name}.png") as partial:
+                    figure.savefig(partial, dpi=110)
     failed = table[table["status"] == "failed"]
     for row in failed.itertuples():
         print(f"failed: {row.case}: {row.note}", file=sys.stderr)

@@ -1,13 +1,12 @@
 """Slices of any number of scans on disk, read through a memory map: what does not fit into memory need not."""
 
-import json
-import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from lib import DataError
+from lib.files import append, append_line, read_lines
 
 
 class Store:
@@ -60,16 +59,7 @@ class Store:
 
     def _append(self, name, array):
         """Append an array to a file; returns where it begins, in bytes."""
-        with open(self.folder / name, "ab") as stream:
-            start = stream.tell()
-            try:
-                stream.write(np.ascontiguousarray(array).data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            except OSError:
-                stream.truncate(start)  # what the full disk took of it
-                raise
-        return start
+        return append(np.ascontiguousarray(array).data, self.folder / name)
 
     def images(self, name):
         """``(slices, size, size)`` of a case in [0, 1], as a read-only memory map of float16."""
@@ -88,36 +78,3 @@ class Store:
 def checksum(slices, labels):
     """CRC-32 of a case; ``labels`` may be None."""
     return zlib.crc32(b"" if labels is None else np.ascontiguousarray(labels), zlib.crc32(np.ascontiguousarray(slices)))
-
-
-def append_line(entry, file):
-    """Append a dictionary to a file of one JSON text a line, for good."""
-    with open(file, "a") as stream:
-        start = stream.tell()
-        try:
-            stream.write(json.dumps(entry) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        except OSError:
-            stream.truncate(start)  # what the full disk took of it
-            raise
-
-
-def read_lines(file, key):
-    """The dictionaries that ``append_line`` wrote, by the value of ``key``, the last of each.
-
-    Lines that are damaged are left out, so that what they stood for is made again; a last one that a crash cut short
-    is removed.
-    """
-    entries = {}
-    content = file.read_bytes() if file.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(file, whole)
-    for line in content[:whole].splitlines():
-        try:
-            entry = json.loads(line)
-            entries[entry[key]] = entry
-        except (ValueError, TypeError, KeyError):
-            continue
-    return entries

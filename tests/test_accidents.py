@@ -1,7 +1,9 @@
 """What befalls a run on a user's own folder: nothing finished is lost, and what is said is true."""
 
 import contextlib
+import errno
 import io
+import json
 import os
 import resource
 import shutil
@@ -100,6 +102,77 @@ def test_a_run_stopped_in_every_stage_ends_with_the_same_bytes(tmp_path):
                        for folder in (stopped, whole))
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def struck_at_every_write(folder, accident):
+    """Segment a folder again and again, each run until it meets a write at which no run before has been struck.
+
+    To be called in a process that has computed nothing: it forks, as imports are the most of so short a run, and
+    threads do not live on in a fork.
+
+    Args:
+        accident: ``killed``, with the last bytes not yet on the disk, or ``full``, which the disk is.
+
+    Returns:
+        Names of the files at which runs were struck, and the texts that they ended with, ``""`` where killed.
+    """
+    import monai.metrics  # noqa: F401: by every run otherwise
+
+    folder = Path(folder)
+    seen, said = folder / "seen", folder / "said"
+    seen.touch()
+
+    def strike(descriptor):
+        file = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        known = [len(log.read_text().splitlines()) for log in (folder / "out" / "work").rglob("*.jsonl")]
+        write = f"{sum(known)}/{file.name.removeprefix('.partial.')}"
+        if write in seen.read_text().splitlines():
+            return
+        with open(seen, "a") as stream:
+            stream.write(write + "\n")
+        if accident == "killed":
+            os.truncate(file, file.stat().st_size - 7)
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    texts = []
+    while True:
+        said.write_text("")
+        child = os.fork()
+        if not child:
+            os.fsync = strike
+            try:
+                segment.segment(settings_for(folder))
+                os._exit(0)
+            except DataError as error:
+                said.write_text(str(error))
+            finally:
+                os._exit(1)
+        if os.waitpid(child, 0)[1] == 0:
+            return [write.split("/")[1] for write in seen.read_text().splitlines()], texts
+        texts.append(said.read_text())
+
+
+@pytest.mark.parametrize("accident", ["killed", "full"])
+def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, accident):
+    """Also what the clock cannot aim at: leaving cases out in turn, calibration, model, summary and pictures."""
+    whole, struck = (fill(tmp_path / name / "folder", cases=3, labelled=2, slices=1) for name in ("whole", "struck"))
+    call = "import sys, json, test_accidents; print(json.dumps(test_accidents.struck_at_every_write(*sys.argv[1:])))"
+    segment.segment(settings_for(whole))
+    surroundings = {"PYTHONPATH": f"{params.ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, "-c", call, str(struck), accident], capture_output=True, text=True,
+                          cwd=params.ROOT, env={**os.environ, **surroundings})
+    assert done.returncode == 0, done.stderr[-2000:]
+    writes, texts = json.loads(done.stdout.splitlines()[-1])
+    expected = "images.bin labels.bin index.jsonl fold_0.npz fold_1.npz held_out.csv model.safetensors cases.jsonl " \
+        "cases.csv confidence.png least_certain.png"
+    assert {*expected.split(), "case 0_mask.nii.gz", "case 2_confidence.nii.gz"} <= {*writes}
+    assert sum(name.endswith(".pt") for name in writes) > 10 and len(texts) == len(writes)
+    for text in texts:
+        assert text == "" if accident == "killed" else "make room; what is finished is kept, and the same" in text, text
+    found, sound = outcome(struck), outcome(whole)
+    assert sorted(found) == sorted(sound)
+    assert [name for name in sound if found[name] != sound[name]] == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -116,7 +116,7 @@ def test_weights_that_are_not_finite_are_refused(model, tmp_path):
 def test_an_interrupted_write_leaves_the_old_model(model, tmp_path, monkeypatch):
     save_model(model, tmp_path / "m.safetensors")
     before = (tmp_path / "m.safetensors").read_bytes()
-    monkeypatch.setattr("lib.model_file.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
     with pytest.raises(OSError):
         save_model(model, tmp_path / "m.safetensors")
     assert (tmp_path / "m.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -50,7 +50,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="No space"):
             first.add("b", "1", slices(1))
     assert (tmp_path / "images.bin").stat().st_size == before and "b" not in first.index

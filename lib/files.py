@@ -1,0 +1,73 @@
+"""Files that are either whole or not there, whatever happens while they are written."""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(file):
+    """Context in which a file is written beside its place; it is put there when it is whole and on the disk.
+
+    What happens meanwhile, a power cut as well, leaves the old file as it was. The folder is made if need be.
+
+    Yields:
+        Path to write to, of the same endings.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".partial.{file.name}")
+    try:
+        yield partial
+        with open(partial, "rb") as stream:
+            os.fsync(stream.fileno())  # what is renamed before may be empty after a power cut
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def append(content, file):
+    """Append bytes to a file, all or none of them, for good; returns where they begin.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    with open(file, "ab") as stream:
+        start = stream.tell()
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(start)  # what the full disk took of it
+            raise
+    return start
+
+
+def append_line(entry, file):
+    """Append a dictionary to a file of one JSON text a line, see ``append``."""
+    append((json.dumps(entry) + "\n").encode(), file)
+
+
+def read_lines(file, key):
+    """The dictionaries that ``append_line`` wrote, by the value of ``key``, the last of each.
+
+    Lines that are damaged are left out, so that what they stood for is made again; a last one that a crash cut short
+    is removed.
+    """
+    entries = {}
+    content = file.read_bytes() if file.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+    for line in content[:whole].splitlines():
+        try:
+            entry = json.loads(line)
+            entries[entry[key]] = entry
+        except (ValueError, TypeError, KeyError):
+            continue
+    return entries
