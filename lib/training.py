@@ -35,11 +35,32 @@ def learning_rate(schedule, peak, step, steps):
     return peak * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
 
 
+class Clock:
+    """Seconds of work on a device. On the CPU those in which a process was paused, or waited its turn, do not count.
+
+    Args:
+        device: torch.device.
+    """
+
+    def __init__(self, device):
+        self.on_cpu = device.type == "cpu"
+        self.seconds = 0.0
+        self.last = time.monotonic(), time.process_time()
+
+    def read(self):
+        """Seconds since the clock was made; to be read after every short piece of work."""
+        now = time.monotonic(), time.process_time()
+        passed, busy = (late - early for late, early in zip(now, self.last))  # with all threads, busy may be more
+        self.seconds += min(passed, busy) if self.on_cpu else passed
+        self.last = now
+        return self.seconds
+
+
 class Fit(NamedTuple):
     """What training gives, besides the trained network."""
 
     history: pd.DataFrame  # one row per step: step, learning_rate, the losses, and validation where it was measured
-    seconds: float  # spent in this and all interrupted runs
+    seconds: float  # spent in this and all interrupted runs, see Clock
     watched: list  # pairs of step and what ``watch`` gave
 
 
@@ -81,7 +102,7 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
         generator.set_state(saved["generator"].cpu())
         history, watched, before = saved["history"], saved["watched"], saved["seconds"]
         best, best_scores, start = saved["best"] or {}, listed(saved["best_score"]), saved["step"]
-    began = time.monotonic()
+    clock = Clock(device)
 
     def checkpoint(step):
         save_atomically(
@@ -89,7 +110,7 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
                 "fingerprint": key, "step": step, "network": network.state_dict(), "history": history,
                 "optimiser": optimiser.state_dict(), "generator": generator.get_state(),
                 "best": best, "best_score": best_scores, "watched": watched,
-                "seconds": before + time.monotonic() - began,
+                "seconds": before + clock.read(),
             },
             file,
         )
@@ -132,10 +153,11 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
                 checkpoint(step + 1)
                 saved_at = time.monotonic()
         bar.update()
+        clock.read()
     bar.close()
     if best:
         network.load_state_dict({**network.state_dict(), **best})
-    return Fit(pd.DataFrame(history), before + time.monotonic() - began, watched)
+    return Fit(pd.DataFrame(history), before + clock.read(), watched)
 
 
 def listed(scores):

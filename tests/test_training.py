@@ -230,3 +230,13 @@ def test_the_best_round_is_the_best_on_validation_images_alone():
         [(0, "validation", 0.9, 0.5, 0.7), (0, "unlabelled", 0.1, 0.1, 0.1),
          (1, "validation", 0.8, 0.6, 0.7), (1, "unlabelled", 0.99, 0.99, 0.99)], columns=columns)
     assert experiment.best_rounds(measured) == {"joint": 0, "registration": 1, "combined": 0}
+
+
+def test_the_clock_does_not_count_what_a_process_waits():
+    work, wait = training.Clock(torch.device("cpu")), training.Clock(torch.device("cuda"))
+    until = time.process_time() + 0.1
+    while time.process_time() < until:
+        pass
+    assert work.read() == pytest.approx(0.1, rel=0.1)
+    time.sleep(0.2)  # as paused
+    assert work.read() < 0.15 and wait.read() > 0.3  # a GPU is at work while its process waits
