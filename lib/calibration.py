@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 
 BINS = 20
+GROUPS = 10  # of views by confidence, through whose means the curve of predict_dsc goes
+SMALLEST_GROUP = 3  # views: the mean of fewer says more of their scatter than of confidence
 PRIOR = 2  # cases, as which it counts in predict_dsc that cases may scatter no more than views of one do
 MARKED = 1  # first bin that counts as marked: probabilities from 0.05
 
@@ -78,10 +80,11 @@ def quality_control(confidence, dsc):
 def predict_dsc(pairs, confidence):
     """The DSC that a mask of this mean confidence is likely to have, with a 95 % prediction interval.
 
-    A line through held-out cases and worse views of them by least squares, which may not fall as confidence rises. What
-    is left over is taken apart: the scatter of views of one case, of which there are many, and that of cases, of which
-    there are few. Until cases show otherwise they are taken to scatter as their views do, which counts as much as
-    PRIOR cases; with few of them the interval is wide.
+    Held-out cases and worse views of them give means of tenths by confidence; a curve through these that may not fall
+    as confidence rises (isotonic regression) foretells the DSC. It is level beyond what was seen. What is left over is
+    taken apart: the scatter of views of one case, of which there are many, and that of cases, of which there are few.
+    Until cases show otherwise they are taken to scatter as their views do, which counts as much as PRIOR cases; with
+    few of them the interval is wide.
 
     Args:
         pairs: rows of (number of the case, or of the subject that cases are of, mean confidence, DSC).
@@ -89,25 +92,27 @@ def predict_dsc(pairs, confidence):
     Returns:
         (predicted, low, high), in [0, 1]; NaN where there are too few rows: one for all, two for the interval.
     """
-    from scipy import stats  # as above
+    from scipy import optimize, stats  # as above
 
     case, x, y = np.asarray(pairs, float).reshape(-1, 3).T
     n = len(x)
     if n == 0:
         return np.nan, np.nan, np.nan
-    spread = float(((x - x.mean()) ** 2).sum())
-    slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum() / spread)) if n >= 3 and spread > 0 else 0.0
-    predicted = float(y.mean() + slope * (confidence - x.mean()))
-    residual = pd.Series(y - y.mean() - slope * (x - x.mean()))
-    of_cases = residual.groupby(case)
-    cases = of_cases.ngroups
-    inner = n - cases - (slope > 0)
-    views = float(((residual - of_cases.transform("mean")) ** 2).sum() / inner) if inner > 0 else 0.0
-    prior = PRIOR if inner > 0 else -(slope > 0)  # without views there are the cases alone
+    groups = np.array_split(np.argsort(x, kind="stable"), np.clip(n // SMALLEST_GROUP, 1, GROUPS))
+    fit = optimize.isotonic_regression([y[rows].mean() for rows in groups], weights=[len(rows) for rows in groups])
+    curve = lambda at: np.interp(at, [x[rows].mean() for rows in groups], fit.x)
+    predicted = float(curve(confidence))
+    steps = len(fit.blocks) - 2  # blocks are given by where they begin, and the end
+    residual = y - curve(x)
+    _, number, size = np.unique(case, return_inverse=True, return_counts=True)
+    of_cases, cases = np.bincount(number, residual) / size, len(size)
+    inner = n - cases - steps
+    views = float(((residual - of_cases[number]) ** 2).sum() / inner) if inner > 0 else 0.0
+    prior = PRIOR if inner > 0 else -steps  # without views there are the cases alone
     freedom = prior + cases - 1
     if freedom < 1:
-        return float(np.clip(predicted, 0, 1)), np.nan, np.nan
-    between = (prior * views + float((of_cases.mean() ** 2).sum())) / freedom
-    tilt = views * (confidence - x.mean()) ** 2 / spread if slope > 0 else 0.0
-    reach = stats.t.ppf(0.975, freedom) * np.sqrt(views + between * (1 + 1 / cases) + tilt)
+        return predicted, np.nan, np.nan
+    between = (prior * views + float((of_cases**2).sum())) / freedom
+    of_curve = views * (1 + steps) / n
+    reach = stats.t.ppf(0.975, freedom) * np.sqrt(views + of_curve + between * (1 + 1 / cases))
     return tuple(float(value) for value in np.clip((predicted, predicted - reach, predicted + reach), 0, 1))

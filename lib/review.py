@@ -70,7 +70,7 @@ class Review:
 
         Returns:
             pandas.Series: masks (their number), dsc and predicted_dsc (means), worst_dsc, inside (how many lie within
-            their interval), width (of the intervals, median), spearman (of predicted and true DSC) and flagged.
+            their interval), width (of the intervals, median), spearman (of mean confidence and true DSC) and flagged.
         """
         table = self.table.loc[true_dsc.index]
         inside = true_dsc.between(table["predicted_low"], table["predicted_high"])
@@ -78,7 +78,7 @@ class Review:
             "masks": len(table), "dsc": true_dsc.mean(), "predicted_dsc": table["predicted_dsc"].mean(),
             "worst_dsc": true_dsc.min(), "inside": int(inside.sum()),
             "width": (table["predicted_high"] - table["predicted_low"]).median(),
-            "spearman": table["predicted_dsc"].corr(true_dsc, "spearman"), "flagged": int(table["review"].sum()),
+            "spearman": table["confidence"].corr(true_dsc, "spearman"), "flagged": int(table["review"].sum()),
         })
 
     def contact_sheet(self, count=12, columns=6):

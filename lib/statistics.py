@@ -84,7 +84,8 @@ def compare(per_image, pairs, metrics=("dsc", "hd")):
         pandas.DataFrame, one row per cohort, recipe, rate, metric and pair: n_subjects, n_seeds, difference (method
         minus reference) with its 95 % bootstrap interval over subjects (low, high) and its t interval over seeds
         (seeds_low, seeds_high; NaN with one), the subjects in which the method has the larger and the smaller value
-        (n_larger, n_smaller), effect, p, and p_holm, corrected over the comparisons of the same cohort and metric. Both methods of a pair are taken with the seeds that both have.
+        (n_larger, n_smaller), effect, p, and p_holm, corrected over the comparisons of the same cohort and metric.
+        Both methods of a pair are taken with the seeds that both have.
     """
     rows = []
     mean = per_image[per_image["class"] == "mean"]

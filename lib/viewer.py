@@ -52,7 +52,8 @@ class Viewer:
             confidence ``(height, width)`` in [0, 1]; disagreement ``(height, width)`` or ``(classes, height, width)``
             in [0, 1]; segmentation masks and warped masks ``(n, classes, height, width)`` in [0, 1]; displacement
             ``(n, 2, height, width)`` in pixels; and aspect, the height of a pixel over its width. Tensors will do. It
-            is called when a slice is first looked at, and the last ``kept`` answers are kept. Where it raises, the traceback stands in the picture's place.
+            is called when a slice is first looked at, and the last ``kept`` answers are kept. Where it raises, the
+            traceback stands in the picture's place.
         rounds: what the slider of rounds goes through; it starts at the last, and is hidden where there is one only.
         classes: names of the classes, for the legend.
         offered: the layers to choose from.

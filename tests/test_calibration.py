@@ -40,19 +40,48 @@ def test_pooling_is_the_reliability_of_all_pixels_together():
     pd.testing.assert_frame_equal(calibration.pool(parts), calibration.reliability(p, truth), check_dtype=False)
 
 
+SHAPES = {
+    "straight": lambda confidence: 2.5 * (confidence - 0.6),
+    "levels_off": lambda confidence: 0.88 - 6 * np.maximum(0, 0.88 - confidence),
+}
+
+
+def held_out(shape, cases, rng, scatter_of_cases, scatter_of_views=0.03):
+    """Rows for predict_dsc: views of ``cases`` cases whose DSC follows ``shape``, and the shift of one more case."""
+    shifts, rows = rng.normal(0, scatter_of_cases, cases + 1), []
+    for number in range(cases):
+        x = np.linspace(0.95, 0.8, 21) + rng.normal(0, 0.008, 21)
+        y = shape(x) + shifts[number] + rng.normal(0, scatter_of_views, 21)
+        rows += zip([number] * 21, x, np.clip(y, 0, 1))
+    return rows, shifts[-1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cases", [1, 2, 5, 20])
 @pytest.mark.parametrize("scatter_of_cases", [0.02, 0.06, 0.1])
-def test_the_interval_holds_19_of_20_new_cases_however_few_were_held_out(cases, scatter_of_cases):
-    """Views scatter by 0.03. With one or two cases nothing shows that cases differ three times as much, if they do."""
-    rng, inside, trials = np.random.default_rng(0), 0, 200
+def test_the_interval_holds_19_of_20_new_cases_however_few_were_held_out(shape, cases, scatter_of_cases):
+    """Views scatter by 0.03. Few cases do not show that cases differ three times as much, if they do."""
+    rng, inside, trials, errors = np.random.default_rng(0), 0, 400, []
     for _ in range(trials):
-        shifts, rows = rng.normal(0, scatter_of_cases, cases + 1), []
-        for number in range(cases):
-            x = np.linspace(0.95, 0.8, 21)
-            rows += [(number, *row) for row in zip(x, 2.5 * (x - 0.6) + shifts[number] + rng.normal(0, 0.03, 21))]
-        _, low, high = calibration.predict_dsc(rows, 0.93)
-        inside += low <= min(1, 2.5 * (0.93 - 0.6) + shifts[-1] + rng.normal(0, 0.03)) <= high
-    assert inside / trials >= (0.85 if cases < 5 and scatter_of_cases == 0.1 else 0.93)
+        rows, shift = held_out(SHAPES[shape], cases, rng, scatter_of_cases)
+        predicted, low, high = calibration.predict_dsc(rows, 0.93)
+        true = SHAPES[shape](0.93) + shift + rng.normal(0, 0.03)
+        inside += low <= min(1, true) <= high
+        errors.append(predicted - true)
+    assert inside / trials >= (0.85 if cases <= 5 and scatter_of_cases == 0.1 else 0.93)
+    assert abs(np.mean(errors)) < 0.02
+
+
+def test_no_mask_is_foretold_more_than_was_seen():
+    """DSC that levels off: a line through these rows foretells 1 at confidence 0.9."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rows, _ = held_out(SHAPES["levels_off"], 2, rng, 0.02)
+        confident, best = calibration.predict_dsc(rows, 0.99), max(y for _, _, y in rows)
+        assert confident[0] < best and confident[0] == pytest.approx(0.88, abs=0.06)
+        assert confident[0] == calibration.predict_dsc(rows, 1.0)[0]
+        foretold = [calibration.predict_dsc(rows, x)[0] for x in np.linspace(0.7, 1, 31)]
+        assert (np.diff(foretold) >= 0).all() and foretold[0] < 0.6
 
 
 def test_confidence_that_orders_masks_by_quality_finds_the_worst():

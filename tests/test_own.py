@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import DataError, own, params
+from lib import DataError, own, params, review
 from lib.folder import Case
 from lib.intake import build, chosen_slices, folds_of, subjects_of, take_in
 from lib.store import Store
@@ -51,6 +51,17 @@ def segmented(tmp_path_factory):
     folder = fill(tmp_path_factory.mktemp("own"))
     with pytest.MonkeyPatch.context() as patch:
         return folder, own.segment_folder(settings_for(folder, patch))
+
+
+def test_agreement_is_between_what_was_foretold_and_the_masks_that_were_hidden(tmp_path, monkeypatch):
+    settings = settings_for(fill(tmp_path, cases=4, labelled=0), monkeypatch)
+    table = pd.DataFrame({"case": [f"case {k}" for k in range(4)], "status": ["done", "done", "done", "failed"],
+                          "confidence": [0.7, 0.8, 0.9, np.nan], "predicted_dsc": [0.5, 0.9, 0.9, np.nan],
+                          "predicted_low": [0.3, 0.8, 0.8, np.nan], "predicted_high": [0.7, 1.0, 1.0, np.nan],
+                          "review": [True, False, False, True]})
+    found = review.Review(settings, table, None).agreement(pd.Series({"case 0": 0.4, "case 1": 0.7, "case 2": 0.8}))
+    assert found.to_dict() == pytest.approx({"masks": 3, "dsc": 1.9 / 3, "predicted_dsc": 2.3 / 3, "worst_dsc": 0.4,
+                                             "inside": 2, "width": 0.2, "spearman": 1, "flagged": 1})
 
 
 def test_every_case_gets_a_mask_and_a_confidence_map_on_its_own_grid(segmented):
