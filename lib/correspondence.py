@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from lib.alignment import align, mean_of, region, weighted_gncc
 from lib.evaluation import dice
 from lib.experiment import load_pretrained_registration, resume, save_atomically
-from lib.losses import gncc
 from lib.params import fingerprint, work_folder
 from lib.refinement import Refined
 from lib.training import sums_of, weights_digest
 from lib.versions import CCTR
-from lib.warping import pixel_grid, warp
+from lib.warping import compose, pixel_grid, warp
 
 
 class Correspondence(NamedTuple):
@@ -35,8 +35,9 @@ class Correspondence(NamedTuple):
 def register_labelled(experiment, network):
     """Every labelled volume registered to every unlabelled one; the best is the most similar after registration.
 
-    Slices are registered one by one, each to the slice of the labelled volume that lies nearest along the axis; the
-    similarity of two volumes is the mean GNCC over the slices. Where images are not from volumes each stands alone.
+    Volumes are first aligned (where section ``cctr`` says so), then slices are registered one by one, each to the slice
+    of the labelled volume that lies nearest along the axis. The similarity of two volumes is the mean over the slices
+    of the GNCC around the labels. Where images are not from volumes each stands alone.
 
     Args:
         experiment: Experiment. Section ``cctr`` of its settings gives the stride of the features.
@@ -46,26 +47,30 @@ def register_labelled(experiment, network):
         Correspondence.
     """
     network.eval()
-    data, numerics, cohort = experiment.data, experiment.numerics, experiment.cohort
+    data, numerics, options = experiment.data, experiment.numerics, experiment.settings.cctr
     matches = experiment.matches(data.unlabelled)
     if matches is None:
         matches = torch.arange(len(data.labelled), device=data.labelled.device).expand(len(data.unlabelled), -1)
-    volumes = getattr(cohort, "volumes", np.arange(len(cohort.images)))[data.unlabelled.cpu()]
-    members = data.as_index(np.unique(volumes, return_inverse=True)[1])
-    size = numerics.batch(data.images)
-    grid, stride = pixel_grid(*data.images.shape[-2:], data.images.device), experiment.settings.cctr.stride
+    volumes = getattr(experiment.cohort, "volumes", np.arange(len(experiment.cohort.images)))
+    number = lambda index: data.as_index(np.unique(volumes[index.cpu()], return_inverse=True)[1])
+    members = number(data.unlabelled)
+    images, targets = data.images[data.labelled], data.images[data.unlabelled]
+    regions = region(data.masks[data.labelled], number(data.labelled))
+    size, grid = numerics.batch(data.images), pixel_grid(*targets.shape[-2:], targets.device)
     best, chosen, fields, places = None, None, None, []
     for candidate in tqdm(matches.T, desc="registering labelled images", unit="volume"):
+        start = torch.zeros_like(targets).expand(-1, 2, -1, -1)
+        if options.align:
+            start = align(images[candidate], targets, regions[candidate], members)
         parts, similar = [], []
-        for index, sources in zip(data.unlabelled.split(size), candidate.split(size)):
-            source, target = data.images[data.labelled[sources]], data.images[index]
+        for sources, target, first in zip(candidate.split(size), targets.split(size), start.split(size)):
+            source, weight = images[sources], regions[sources]
             with numerics.autocast():
-                parts.append(network.register(source, target))
-            similar.append(gncc(warp(source, parts[-1]), target))
-        found, similar = torch.cat(parts), torch.cat(similar)
-        places.append(F.avg_pool2d(grid + found, stride))
-        total = torch.zeros(int(members.max()) + 1, device=similar.device).index_add(0, members, similar)
-        mean = (total / torch.bincount(members))[members]
+                second = network.register(warp(source, first), target)
+            parts.append(compose(first, second.float()))
+            similar.append(weighted_gncc(warp(source, parts[-1]), target, warp(weight, parts[-1])))
+        found, mean = torch.cat(parts), mean_of(torch.cat(similar), members)[members]
+        places.append(F.avg_pool2d(grid + found, options.stride))
         if best is None:
             best, chosen, fields = mean, candidate.clone(), found
             continue
@@ -86,7 +91,7 @@ def stored_registration(experiment):
     if settings.cctr.refine:
         network = Refined(network, settings.joint_plus.refinement)
     key = fingerprint(experiment.origin, CCTR, "registered", weights_digest(network), data.labelled.tolist(),
-                      settings.cctr.stride, settings.cctr.refine and settings.joint_plus.refinement)
+                      settings.cctr.stride, settings.cctr.align, settings.cctr.refine and settings.joint_plus.refinement)
     file = work_folder("checkpoints", f"{key}.pt")
     saved = resume(file, key, data.images.device)
     if saved and saved["checksums"] == sums_of(*saved["registered"]):

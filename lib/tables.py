@@ -171,8 +171,9 @@ def intervals(per_image):
 
 
 def spread(row, name, digits):
-    """``mean ± sd`` of a row of Table 1."""
-    return f"{row[name + '_mean']:.{digits}f} ± {row[name + '_sd']:.{digits}f}"
+    """``mean ± sd`` of a row of Table 1; the mean alone where there is one value."""
+    mean, sd = row[name + "_mean"], row[name + "_sd"]
+    return f"{mean:.{digits}f}" if pd.isna(sd) else f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
 def as_markdown(rows):

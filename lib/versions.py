@@ -7,6 +7,6 @@ or finished item of the grid is taken for one of the new code; tests/test_numeri
 NUMERICS = "d7fa566ff1753849"  # networks, losses, warping, augmentation, pseudo-masks and training
 MEAN_TEACHER = "4fd182be9f838728"
 JOINT_PLUS = "refinement"
-CCTR = "positives in every volume"
+CCTR = "aligned volumes"
 VOLUMES = "labels by share"  # what differs where images are slices of volumes
 EVALUATION = "first"  # scores, and the random draws of the masks that are tested

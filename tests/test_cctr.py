@@ -3,10 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import cctr, correspondence, learners, params
+from lib import alignment, cctr, correspondence, learners, params
 from lib.evaluation import evaluate, evaluate_classical
 from lib.experiment import Experiment, cohort_file
-from lib.losses import gncc
 from lib.models import ResidualUNet
 from lib.params import work_folder
 from lib.training import pretrain_registration, pretrain_segmentation
@@ -72,13 +71,16 @@ class Still(torch.nn.Module):
         return torch.zeros(len(source), 2, *source.shape[-2:])
 
 
-def test_labels_come_from_the_volume_that_is_most_similar(trial):
+def test_labels_come_from_the_volume_that_is_most_similar_where_it_is_labelled(trial, monkeypatch):
     experiment = trial[0]
     data, cohort = experiment.data, experiment.cohort
+    monkeypatch.setitem(experiment.settings.cctr, "align", False)
     registered = correspondence.register_labelled(experiment, Still())
     matches = cohort.matches(data.unlabelled, data.labelled)
-    similar = np.stack([gncc(data.images[data.labelled[torch.as_tensor(column)]], data.images[data.unlabelled]).numpy()
-                        for column in matches.T], axis=1)
+    numbers = torch.as_tensor(np.unique(cohort.volumes[data.labelled], return_inverse=True)[1])
+    regions = alignment.region(data.masks[data.labelled], numbers)
+    similar = np.stack([alignment.weighted_gncc(data.images[data.labelled[column]], data.images[data.unlabelled],
+                                                regions[column]).numpy() for column in torch.as_tensor(matches.T)], axis=1)
     volumes = cohort.volumes[data.unlabelled]
     assert matches.shape[1] == 2 and len(set(volumes)) == 2
     for volume in set(volumes):
