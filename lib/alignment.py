@@ -3,7 +3,8 @@
 A registration network follows motion of some pixels. Where the region of the labels lies elsewhere in the target, a
 similarity transform of the slice plane, the same for all slices of a volume, first takes one onto the other. It is
 found by search: every start is tried on small images, the best ones are improved by gradient descent. What counts is
-how similar the images are where the source is labelled; no mask of the target is used.
+how similar the images are where the source is labelled; no mask of the target is used. P2 leaves open how its volumes
+are registered: this is ours.
 """
 
 import itertools
@@ -12,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from lib.losses import weighted_gncc
 from lib.optimiser import AdamW
 from lib.warping import pixel_grid, sample
 
@@ -40,20 +42,6 @@ def region(masks, groups):
     wide = F.max_pool2d(labelled, 2 * margin + 1, 1, margin)
     soft = F.avg_pool2d(wide, 2 * (margin // 2) + 1, 1, margin // 2, count_include_pad=False)
     return soft[groups.unique(return_inverse=True)[1]]
-
-
-def weighted_gncc(first, second, weight):
-    """losses.gncc where every pixel counts by its weight: ``(batch,)`` in [-1, 1].
-
-    Args:
-        first, second, weight: ``(batch, 1, height, width)``.
-    """
-    first, second, weight = first.float(), second.float(), weight.float()
-    weight = weight / weight.sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
-    over = lambda values: (weight * values).sum(dim=(1, 2, 3), keepdim=True)
-    first, second = first - over(first), second - over(second)
-    variances = over(first.square()) * over(second.square())
-    return (over(first * second) / (variances + 1e-12).sqrt()).flatten()
 
 
 def mean_of(values, groups):

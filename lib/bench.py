@@ -1,13 +1,18 @@
 """`make bench`: what memory layout, allocator and bfloat16 bring, measured in one run at 256 x 256.
 
 Plain PyTorch (contiguous float32, the system's allocator defaults) against the project's own path (lib.compute).
-The real training steps are timed, on made-up images; writes results/bench.json.
+The real training steps are timed, on made-up images, in turns, so that other work on the machine slows both alike;
+writes results/bench.json.
 """
 
 import json
+import multiprocessing
+import statistics
 import time
+from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from lib.compute import Numerics, best_device
 from lib.losses import registration_loss, soft_dice_loss
@@ -16,7 +21,8 @@ from lib.optimiser import AdamW
 from lib.params import load, output_root
 from lib.pseudo_masks import generate
 
-SIDE, BATCH, REPEATS = 256, 5, 5
+SIDE, BATCH, REPEATS, TURNS = 256, 5, 5, 4
+TRAINED = 5  # steps before losses are compared: MrRegNet begins at the identity, whatever its precision
 
 
 class Plain:
@@ -35,8 +41,8 @@ class Plain:
     batch = Numerics.batch
 
 
-def seconds(work, device, repeats=REPEATS):
-    """Median seconds of ``work()`` after one warm-up, the GPU's queue waited for."""
+def seconds(work, device, repeats):
+    """Seconds of every ``work()`` after one warm-up, the GPU's queue waited for."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for _ in range(repeats + 1):
@@ -45,7 +51,7 @@ def seconds(work, device, repeats=REPEATS):
         work()
         wait()
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+    return times[1:]
 
 
 class Work:
@@ -78,29 +84,40 @@ class Work:
         generate(networks, self.images[:BATCH], self.images, self.masks, self.settings.pseudo_masks, True, draws,
                  self.numerics)
 
-    @torch.no_grad()
-    def losses(self):
-        """Both losses before any training."""
-        return {"seg": float(self.segmentation_loss()), "reg": float(self.registration_loss())}
+    def training(self):
+        """A training step of each network, as functions that give the loss."""
 
-    def times(self):
-        """Seconds per image (or pair) of a training step and of soft pseudo-masks."""
-
-        def training(network, loss):
-            optimiser = AdamW(network.parameters(), 1e-4)
+        def training_of(network, loss):
+            optimiser = AdamW(network.parameters(), 1e-3)
 
             def step():
                 optimiser.zero_grad()
-                loss().backward()
+                value = loss()
+                value.backward()
                 optimiser.step()
+                return value.detach()
 
-            return seconds(step, self.numerics.device) / BATCH
+            return step
 
-        return {
-            "seg_train": training(self.segmentation, self.segmentation_loss),
-            "reg_train": training(self.registration, self.registration_loss),
-            "pseudo_mask": seconds(self.pseudo_masks, self.numerics.device, 3) / BATCH,
-        }
+        return {"seg": training_of(self.segmentation, self.segmentation_loss),
+                "reg": training_of(self.registration, self.registration_loss)}
+
+    def losses(self):
+        """Both losses after some steps of training."""
+        return {name: float([step() for _ in range(TRAINED)][-1]) for name, step in self.training().items()}
+
+    def times(self):
+        """Seconds per image (or pair) of every training step and of soft pseudo-masks, as lists."""
+        device = self.numerics.device
+        times = {f"{name}_train": seconds(step, device, REPEATS) for name, step in self.training().items()}
+        times["pseudo_mask"] = seconds(self.pseudo_masks, device, max(1, REPEATS // 2))
+        return {name: [one / BATCH for one in found] for name, found in times.items()}
+
+
+def times_of(make_numerics, settings, sizes):
+    """Work.times in a process of its own, because Numerics changes the allocator of the process for good."""
+    globals().update(sizes)
+    return Work(make_numerics(), settings).times()
 
 
 LABELS = {
@@ -111,16 +128,24 @@ LABELS = {
 def main():
     settings = load()
     device = best_device(settings.device)
-    reference = Work(Plain(device), settings)
-    float32_losses, plain = reference.losses(), reference.times()  # first: Numerics changes the allocator for good
+    ways = {"plain": partial(Plain, device), "ours": partial(Numerics, settings.device, settings.precision)}
+    times = {way: dict.fromkeys(LABELS, ()) for way in ways}
+    sizes = {"SIDE": SIDE, "BATCH": BATCH, "REPEATS": REPEATS}
+    processes = multiprocessing.get_context("spawn")
+    for _ in tqdm(range(TURNS), desc="turns", unit="turn"):
+        for way, make in ways.items():
+            with processes.Pool(1) as pool:
+                for name, found in pool.apply(times_of, (make, settings, sizes)).items():
+                    times[way][name] += tuple(found)
+    plain, ours = ({name: statistics.median(found) for name, found in times[way].items()} for way in ways)
     numerics = Numerics(settings.device, settings.precision)
-    ours = Work(numerics, settings).times()
+    float32_losses = Work(Plain(device), settings).losses()
     bfloat16_losses = Work(Numerics(settings.device, "bfloat16"), settings).losses()
     table = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "precision": numerics.precision, "side": SIDE, "batch": BATCH,
     }
-    print(f"{table['device']}, {table['threads']} threads, {SIDE} x {SIDE}, batch {BATCH}, {numerics.precision}\n")
+    print(f"\n{table['device']}, {table['threads']} threads, {SIDE} x {SIDE}, batch {BATCH}, {numerics.precision}\n")
     print(f"{'seconds per image or pair':28}{'plain':>10}{'here':>10}{'speed-up':>10}")
     for name, label in LABELS.items():
         table |= {f"{name}_seconds_plain": plain[name], f"{name}_seconds": ours[name],
@@ -128,7 +153,7 @@ def main():
         print(f"{label:28}{plain[name]:10.4f}{ours[name]:10.4f}{plain[name] / ours[name]:10.2f}")
     for name, loss in float32_losses.items():
         difference = table[f"{name}_loss_difference"] = abs(bfloat16_losses[name] / loss - 1)
-        print(f"{name} loss in bfloat16 and in float32: {100 * difference:.3f} % apart")
+        print(f"{name} loss in bfloat16 and in float32: {100 * difference:.3f} % apart after {TRAINED} steps")
         if difference > 0.02:
             raise SystemExit(f"the {name} loss differs by more than 2 %")
     file = output_root() / "results" / "bench.json"

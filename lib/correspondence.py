@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.alignment import align, mean_of, region, weighted_gncc
+from lib.alignment import align, mean_of, region
 from lib.evaluation import dice
 from lib.experiment import load_pretrained_registration, resume, save_atomically
+from lib.losses import weighted_gncc
 from lib.params import fingerprint, work_folder
 from lib.refinement import Refined
 from lib.training import sums_of, weights_digest

@@ -1,4 +1,4 @@
-"""The losses of P1, section 2.3."""
+"""The losses of P1, section 2.3, and the similarity of images that they are made of."""
 
 from typing import NamedTuple
 
@@ -46,6 +46,20 @@ def gncc(first, second):
     covariance = (first * second).sum(dim=(1, 2, 3))
     power = first.square().sum(dim=(1, 2, 3)) * second.square().sum(dim=(1, 2, 3))
     return covariance / power.clamp_min(1e-10).sqrt()
+
+
+def weighted_gncc(first, second, weight):
+    """``gncc`` where every pixel counts by its weight: ``(batch,)`` in [-1, 1].
+
+    Args:
+        first, second, weight: ``(batch, 1, height, width)``.
+    """
+    first, second, weight = first.float(), second.float(), weight.float()
+    weight = weight / weight.sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+    over = lambda values: (weight * values).sum(dim=(1, 2, 3), keepdim=True)
+    first, second = first - over(first), second - over(second)
+    variances = over(first.square()) * over(second.square())
+    return (over(first * second) / (variances + 1e-12).sqrt()).flatten()
 
 
 def gncc_loss(first, second):

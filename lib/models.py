@@ -37,8 +37,8 @@ class ResidualBlock(nn.Module):
         self.second_norm = normalisation_layer(normalisation, outputs)
 
     def forward(self, x):
-        x = F.relu(self.first_norm(self.first(x)))
-        return F.relu(x + self.second_norm(self.second(x)))
+        x = F.relu(self.first_norm(self.first(x)), inplace=True)
+        return F.relu(x + self.second_norm(self.second(x)), inplace=True)
 
 
 class ResidualUNet(nn.Module):
@@ -69,7 +69,7 @@ class ResidualUNet(nn.Module):
             x = block(F.max_pool2d(x, 2) if level else x)
             skips.append(x)
         for level in reversed(range(LEVELS - 1)):
-            x = self.merge[level](torch.cat((skips[level], F.relu(self.up[level](x))), 1))
+            x = self.merge[level](torch.cat((skips[level], F.relu(self.up[level](x), inplace=True)), 1))
         return x[..., :height, :width]
 
     def forward(self, image):
@@ -92,8 +92,9 @@ class ConcatenationBlock(nn.Module):
         self.fuse = nn.Conv2d(inputs + outputs, outputs, 1)
 
     def forward(self, x):
-        features = self.second(F.leaky_relu(self.norm(self.first(x)), 0.2))
-        return F.leaky_relu(self.fuse(torch.cat((x, features), 1)), 0.2)
+        features = self.second(F.leaky_relu(self.norm(self.first(x)), 0.2, inplace=True))
+        both = torch.cat((x.to(features.dtype), features), 1)  # the images are not in bfloat16: all would be float32
+        return F.leaky_relu(self.fuse(both), 0.2, inplace=True)
 
 
 class MrRegNet(nn.Module):

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import alignment, cctr, correspondence, learners, params
+from lib import alignment, cctr, correspondence, learners, losses, params
 from lib.evaluation import evaluate, evaluate_classical
 from lib.experiment import Experiment, cohort_file
 from lib.models import ResidualUNet
@@ -79,8 +79,8 @@ def test_labels_come_from_the_volume_that_is_most_similar_where_it_is_labelled(t
     matches = cohort.matches(data.unlabelled, data.labelled)
     numbers = torch.as_tensor(np.unique(cohort.volumes[data.labelled], return_inverse=True)[1])
     regions = alignment.region(data.masks[data.labelled], numbers)
-    similar = np.stack([alignment.weighted_gncc(data.images[data.labelled[column]], data.images[data.unlabelled],
-                                                regions[column]).numpy() for column in torch.as_tensor(matches.T)], axis=1)
+    similar = np.stack([losses.weighted_gncc(data.images[data.labelled[column]], data.images[data.unlabelled],
+                                             regions[column]).numpy() for column in torch.as_tensor(matches.T)], axis=1)
     volumes = cohort.volumes[data.unlabelled]
     assert matches.shape[1] == 2 and len(set(volumes)) == 2
     for volume in set(volumes):

@@ -97,3 +97,13 @@ def test_unguided_registration_loss_has_no_dice():
     field = torch.zeros(1, 2, 16, 16)
     parts = losses.registration_loss([(field, field)], image, image, (1,))
     assert float(parts.dice) == 0 and float(parts.total) == pytest.approx(0, abs=1e-5)
+
+
+def test_weighted_gncc_counts_where_the_weight_is():
+    image, other = (torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    left = torch.zeros_like(image)
+    left[..., :16] = 1
+    mixed = torch.where(left > 0, 0.3 + 0.5 * image, other)
+    assert float(losses.weighted_gncc(image, mixed, left)) == pytest.approx(1, abs=1e-4)
+    whole = float(losses.weighted_gncc(image, mixed, torch.ones_like(image)))
+    assert whole == pytest.approx(float(losses.gncc(image, mixed)), abs=1e-4) and whole < 0.9
