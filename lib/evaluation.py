@@ -19,7 +19,12 @@ FAMILIES = {"joint": "", "joint_plus": "+"}  # stage, and what its methods' name
 
 
 def harden(masks):
-    """Masks in [0, 1] as disjoint binary ones: a pixel belongs to what is most probable there, see to_labels."""
+    """Masks in [0, 1] as disjoint binary ones: a pixel belongs to what is most probable there, see to_labels.
+
+    Those that are of type bool are so already.
+    """
+    if masks.dtype == torch.bool:
+        return masks
     labels = to_labels(masks)
     return torch.stack([labels == value for value in range(1, masks.shape[1] + 1)], dim=1)
 
@@ -75,10 +80,11 @@ def score(prediction, truth, classes, spacing=None):
         spacing: see ``hausdorff``.
 
     Returns:
-        pandas.DataFrame: image (position), class, dsc, hd, hd95 in pixels or the units of ``spacing``, and empty, which says that exactly one
-        of the two masks has no pixel.
+        pandas.DataFrame: image (position), class, dsc, hd, hd95 in pixels or the units of ``spacing``, and empty, which
+        says that exactly one of the two masks has no pixel.
     """
-    empty = harden(prediction).flatten(2).any(2) != harden(truth).flatten(2).any(2)
+    prediction, truth = harden(prediction), harden(truth)  # once for all three scores: volumes are large
+    empty = prediction.flatten(2).any(2) != truth.flatten(2).any(2)
     hd, hd95 = hausdorff(prediction, truth, spacing)
     columns = {"dsc": dice(prediction, truth), "hd": hd, "hd95": hd95, "empty": empty}
     rows = {name: values.cpu().numpy().ravel() for name, values in columns.items()}

@@ -156,9 +156,8 @@ def score_volumes(cohort, masks, index):
             continue
         truth = torch.as_tensor(cohort.original(number).astype(np.int64))
         seen = F.interpolate(masks[position].float().cpu(), size=truth.shape[1:], mode="bilinear", align_corners=False)
-        labels = to_labels(seen)
-        hard = [torch.stack([found == value for value in range(1, len(cohort.classes) + 1)])[None].float()
-                for found in (labels, truth)]
+        hard = [torch.stack([found == value for value in range(1, len(cohort.classes) + 1)])[None]
+                for found in (to_labels(seen), truth)]
         frames.append(score(*hard, cohort.classes).assign(image=position[0]))
     return pd.concat(frames, ignore_index=True)
 

@@ -50,3 +50,5 @@ def test_a_pixel_belongs_to_its_most_probable_class():
     assert hard[0, :, 0].tolist() == [[True, True], [False, False]]
     masks[0, 1, 0, 1] = 0.8
     assert evaluation.harden(masks)[0, :, 0].tolist() == [[True, False], [False, True]]
+    binary = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5
+    assert torch.equal(evaluation.harden(binary), binary)
