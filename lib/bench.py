@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
@@ -131,11 +132,11 @@ def main():
     ways = {"plain": partial(Plain, device), "ours": partial(Numerics, settings.device, settings.precision)}
     times = {way: dict.fromkeys(LABELS, ()) for way in ways}
     sizes = {"SIDE": SIDE, "BATCH": BATCH, "REPEATS": REPEATS}
-    processes = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
     for _ in tqdm(range(TURNS), desc="turns", unit="turn"):
         for way, make in ways.items():
-            with processes.Pool(1) as pool:
-                for name, found in pool.apply(times_of, (make, settings, sizes)).items():
+            with ProcessPoolExecutor(1, spawn) as pool:
+                for name, found in pool.submit(times_of, make, settings, sizes).result().items():
                     times[way][name] += tuple(found)
     plain, ours = ({name: statistics.median(found) for name, found in times[way].items()} for way in ways)
     numerics = Numerics(settings.device, settings.precision)

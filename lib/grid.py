@@ -83,6 +83,8 @@ def key_of(item, settings):
     others = {"grid", "baseline", *(section for section, notebooks in unused.items() if not notebooks & ran),
               *params.CHOICES["cohort"]} - {settings.cohort}
     relevant = {key: value for key, value in own.items() if key not in others}
+    if "07_cctr" in ran and "06_joint_plus" not in ran:  # all that CCT-R takes from there
+        relevant["joint_plus"] = {"refinement": own.joint_plus.refinement}
     return params.fingerprint(relevant, split_of(settings), versions.NUMERICS, versions.MEAN_TEACHER,
                               versions.EVALUATION, "06_joint_plus" in ran and versions.JOINT_PLUS,
                               "07_cctr" in ran and versions.CCTR,

@@ -45,12 +45,15 @@ def test_variants_begin_with_the_pretraining_that_they_share(settings):
 
 
 def test_settings_of_other_methods_and_cohorts_do_not_repeat_an_item(settings):
-    item = grid.Item("paper", 10, 2)
-    before = grid.key_of(item, settings), grid.key_of(grid.Item("strong", 10, 2), settings)
+    items = grid.Item("paper", 10, 2), grid.Item("strong", 10, 1, "with contrast"), grid.Item("strong", 10, 2)
+    before = [grid.key_of(item, settings) for item in items]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JOINT_SET", "scale=smoke,joint_plus.pairs=false,cctr.width=24,hippocampus.classes=two")
-        after = grid.key_of(item, settings), grid.key_of(grid.Item("strong", 10, 2), settings)
-    assert after[0] == before[0] and after[1] != before[1]
+        patch.setenv("JOINT_SET", "scale=smoke,joint_plus.pairs=false,hippocampus.classes=two")
+        after = [grid.key_of(item, params.load()) for item in items]
+        assert after[:2] == before[:2] and after[2] != before[2]
+        patch.setenv("JOINT_SET", "scale=smoke,cctr.width=24,joint_plus.refinement.control_points=8")
+        after = [grid.key_of(item, params.load()) for item in items]
+        assert after[0] == before[0] and after[1] != before[1] and after[2] != before[2]
 
 
 def fake_run(fails=()):
