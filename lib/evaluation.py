@@ -21,7 +21,11 @@ FAMILIES = {"joint": "", "joint_plus": "+"}  # stage, and what its methods' name
 def harden(masks):
     """Masks in [0, 1] as disjoint binary ones: a pixel belongs to what is most probable there, see to_labels.
 
-    Those that are of type bool are so already.
+    Args:
+        masks: ``(batch, classes, ...)`` in [0, 1]; those of type bool are disjoint already and returned as they are.
+
+    Returns:
+        As ``masks``, bool.
     """
     if masks.dtype == torch.bool:
         return masks

@@ -49,10 +49,13 @@ def gncc(first, second):
 
 
 def weighted_gncc(first, second, weight):
-    """``gncc`` where every pixel counts by its weight: ``(batch,)`` in [-1, 1].
+    """``gncc`` where every pixel counts by its weight; ours, for the alignment and choice of volumes in CCT-R.
 
     Args:
-        first, second, weight: ``(batch, 1, height, width)``.
+        first, second, weight: ``(batch, 1, height, width)``; weights are not negative, and need not add up to 1.
+
+    Returns:
+        ``(batch,)`` in [-1, 1]; 0 where an image is constant.
     """
     first, second, weight = first.float(), second.float(), weight.float()
     weight = weight / weight.sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
