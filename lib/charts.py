@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Image, display
 
+from lib import params
 from lib.calibration import pool
 
 METHOD_COLOURS = {
@@ -109,8 +110,9 @@ def score_boxes(per_image):
 
 
 def label_efficiency(table1):
-    """DSC and HD against the number of labelled images, one column per recipe; bands are the range over seeds."""
+    """DSC and HD against the number of labelled images, or patients, a column per recipe; bands are seeds' range."""
     table = table1[(table1["class"] == "mean") & ~table1["cohort"].str.contains("unseen")]
+    counted = "patients" if table["cohort"].isin(params.VOLUME_COHORTS).all() else "images"
     recipes = [recipe for recipe in table["recipe"].unique() if recipe != "-"]
     size = (5 * len(recipes), 7)
     figure, axes = plt.subplots(2, len(recipes), figsize=size, squeeze=False, sharey="row", sharex=True)
@@ -126,7 +128,7 @@ def label_efficiency(table1):
                 ax.fill_between(band.index, band["min"], band["max"], color=METHOD_COLOURS[method], alpha=0.15, lw=0)
         ticks = sorted(table["n_labelled"].unique())
         column[0].set(title=f"recipe {recipe}", ylabel="DSC", xscale="log")
-        column[1].set(ylabel="HD (pixels)", xlabel="labelled images")
+        column[1].set(ylabel="HD (pixels)", xlabel=f"labelled {counted}")
         column[1].set_xticks(ticks, [str(n) for n in ticks])
         column[1].minorticks_off()
         column[0].legend(fontsize=7, ncols=2)

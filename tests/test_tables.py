@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import tables
+from lib import charts, tables
 
 
 def rows_of(recipe, method, scores, seed=1, rate=1, variant="", cohort="made up"):
@@ -79,6 +79,16 @@ def test_published_figures_stand_beside_ours_where_the_data_are_the_same():
     text = tables.beside_the_paper(whole(rows)[2])
     assert "0.600" in text and "UniMatch" in text and "0.876" in text and "other data" not in text
     assert "UniMatch" not in tables.beside_the_paper(whole(rows.assign(n_labelled=7))[2])
+
+
+@pytest.mark.parametrize("cohort, counted", [("hippocampus", "images"), ("acdc", "patients")])
+def test_the_label_efficiency_says_what_is_counted(cohort, counted):
+    few, many = (rows_of("strong", "fs", [dsc, dsc], rate=rate, cohort=cohort) for rate, dsc in ((1, 0.5), (10, 0.75)))
+    _, _, table = whole(few, many)
+    upper, lower = charts.label_efficiency(table).axes
+    assert lower.get_xlabel() == f"labelled {counted}"
+    assert [tick.get_text() for tick in lower.get_xticklabels()] == ["5", "50"]
+    assert upper.lines[0].get_ydata().tolist() == [0.5, 0.75]
 
 
 def test_the_ablation_compares_a_variant_with_joint_plus_on_the_same_seeds():
