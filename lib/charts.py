@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from IPython.display import Image, display
 
-from lib import params
 from lib.calibration import pool
 
 METHOD_COLOURS = {
@@ -109,10 +108,13 @@ def score_boxes(per_image):
     return figure
 
 
-def label_efficiency(table1):
-    """DSC and HD against the number of labelled images, or patients, a column per recipe; bands are seeds' range."""
+def label_efficiency(table1, counted="images"):
+    """DSC and HD against the number of labelled images, one column per recipe; bands are the range over seeds.
+
+    Args:
+        counted: what ``n_labelled`` counts: images, or patients.
+    """
     table = table1[(table1["class"] == "mean") & ~table1["cohort"].str.contains("unseen")]
-    counted = "patients" if table["cohort"].isin(params.VOLUME_COHORTS).all() else "images"
     recipes = [recipe for recipe in table["recipe"].unique() if recipe != "-"]
     size = (5 * len(recipes), 7)
     figure, axes = plt.subplots(2, len(recipes), figsize=size, squeeze=False, sharey="row", sharex=True)

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.alignment import align, mean_of, region
-from lib.evaluation import dice
+from lib.evaluation import dice_of_groups
 from lib.experiment import load_pretrained_registration, resume, save_atomically
 from lib.losses import weighted_gncc
 from lib.params import fingerprint, work_folder
 from lib.refinement import Refined
 from lib.training import sums_of, weights_digest
 from lib.versions import CCTR
-from lib.warping import compose, pixel_grid, warp
+from lib.warping import compose, folding, pixel_grid, warp
 
 
 class Correspondence(NamedTuple):
@@ -30,6 +30,12 @@ class Correspondence(NamedTuple):
     def masks(self, masks):
         """Masks of the best labelled images, warped onto the unlabelled ones."""
         return warp(masks[self.sources], self.fields)
+
+
+def volume_numbers(experiment, index):
+    """``(n,)`` number, from 0, of the volume that each of the images ``index`` is of; its own where there are none."""
+    volumes = getattr(experiment.cohort, "volumes", np.arange(len(experiment.cohort.images)))
+    return experiment.data.as_index(np.unique(volumes[index.cpu()], return_inverse=True)[1])
 
 
 @torch.no_grad()
@@ -52,11 +58,9 @@ def register_labelled(experiment, network):
     matches = experiment.matches(data.unlabelled)
     if matches is None:
         matches = torch.arange(len(data.labelled), device=data.labelled.device).expand(len(data.unlabelled), -1)
-    volumes = getattr(experiment.cohort, "volumes", np.arange(len(experiment.cohort.images)))
-    number = lambda index: data.as_index(np.unique(volumes[index.cpu()], return_inverse=True)[1])
-    members = number(data.unlabelled)
+    members = volume_numbers(experiment, data.unlabelled)
     images, targets = data.images[data.labelled], data.images[data.unlabelled]
-    regions = region(data.masks[data.labelled], number(data.labelled))
+    regions = region(data.masks[data.labelled], volume_numbers(experiment, data.labelled))
     size, grid = numerics.batch(data.images), pixel_grid(*targets.shape[-2:], targets.device)
     best, chosen, fields, places = None, None, None, []
     for candidate in tqdm(matches.T, desc="registering labelled images", unit="volume"):
@@ -103,14 +107,24 @@ def stored_registration(experiment):
 
 
 def registration_scores(experiment, correspondence):
-    """How good the warped labels of the unlabelled images are, as a frame: mean DSC per class, and how many slices.
+    """How good the labels of the best registered volume are on the unlabelled ones, before and after registration.
 
     The true masks of unlabelled images are used for these figures alone.
+
+    Returns:
+        pandas.DataFrame, rows ``before registration`` and ``warped labels``: mean DSC over the unlabelled volumes per
+        class and of all classes (mean), GNCC around the labels (gncc), share of pixels with a non-positive Jacobian
+        determinant (folding), and how many volumes and slices they are of.
     """
-    data = experiment.data
-    truth, masks = data.masks[data.unlabelled], data.masks[data.labelled]
-    scores = {"before registration": dice(masks[correspondence.sources], truth),
-              "warped labels": dice(correspondence.masks(masks), truth)}
-    frame = pd.DataFrame({name: found.mean(0).tolist() for name, found in scores.items()},
-                         index=list(experiment.cohort.classes)).T
-    return frame.assign(mean=frame.mean(axis=1), slices=len(truth))
+    data, members = experiment.data, volume_numbers(experiment, experiment.data.unlabelled)
+    sources, targets = data.labelled[correspondence.sources], data.images[data.unlabelled]
+    regions = region(data.masks[data.labelled], volume_numbers(experiment, data.labelled))[correspondence.sources]
+    unmoved = torch.zeros_like(correspondence.fields)
+    rows = {}
+    for name, fields in (("before registration", unmoved), ("warped labels", correspondence.fields)):
+        scores = dice_of_groups(warp(data.masks[sources], fields), data.masks[data.unlabelled], members).mean(0)
+        similar = weighted_gncc(warp(data.images[sources], fields), targets, warp(regions, fields))
+        rows[name] = {**dict(zip(experiment.cohort.classes, scores.tolist())), "mean": float(scores.mean()),
+                      "gncc": float(similar.mean()), "folding": float(folding(fields).mean()),
+                      "volumes": int(members.max()) + 1, "slices": len(targets)}
+    return pd.DataFrame(rows.values(), index=list(rows))

@@ -47,6 +47,19 @@ def dice(prediction, truth):
     return torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0)
 
 
+def dice_of_groups(prediction, truth, groups):
+    """DSC of groups of images, such as the slices of a volume, ``(groups, classes)``; otherwise as ``dice``.
+
+    Args:
+        groups: ``(batch,)`` number of the group that each image is of, from 0.
+    """
+    prediction, truth = harden(prediction), harden(truth)
+    pixels = torch.stack((prediction & truth, prediction)).flatten(3).sum(3), truth.flatten(2).sum(2)[None]
+    counted = torch.cat(pixels).float()
+    both, found, true = counted.new_zeros(3, int(groups.max()) + 1, truth.shape[1]).index_add(1, groups, counted)
+    return torch.where(found + true > 0, 2 * both / (found + true).clamp(min=1), 1.0)
+
+
 def hausdorff(prediction, truth, spacing=None):
     """HD and HD95 per image and class, of hardened masks, in pixels or in the units of ``spacing``.
 
@@ -109,6 +122,14 @@ def title_of(cohort, split):
     return cohort.title if split == "test" else cohort.title.replace(" (", ", unseen anatomy (")
 
 
+def trained_families(experiment):
+    """(stage, ending) of joint and joint+ where all their rounds are done. A variant has no joint of its own."""
+    for stage, ending in FAMILIES.items():
+        own = stage != "joint" or not experiment.settings.variant
+        if own and experiment.model_file(stage, experiment.settings[stage].rounds).exists():
+            yield stage, ending
+
+
 @torch.no_grad()
 def predict(experiment, index):
     """Masks of the images ``index`` by every method of one experiment that has been trained.
@@ -131,10 +152,7 @@ def predict(experiment, index):
             network.load_state_dict(load_saved(file, numerics.device)["network"])
             with numerics.autocast():
                 found[method] = 0, plain(network), load_cost(experiment, stage)
-    for stage, ending in FAMILIES.items():
-        last = experiment.model_file(stage, settings[stage].rounds)
-        if not last.exists() or (settings.variant and stage == "joint"):
-            continue
+    for stage, ending in trained_families(experiment):
         seconds = load_cost(experiment, "segmentation", "registration", stage)
         chosen = best_rounds(load_measured(experiment, stage))
         masks = {}
@@ -231,14 +249,13 @@ def rounds(experiment):
     ``best_for`` names the methods that are tested with that round.
     """
     frames, settings = [], experiment.settings
-    for stage, ending in FAMILIES.items():
-        if experiment.model_file(stage, settings[stage].rounds).exists():
-            measured = load_measured(experiment, stage)
-            best = best_rounds(measured)
-            named = measured["round"].map(lambda n: " ".join(m + ending for m, chosen in best.items() if chosen == n))
-            head = {"cohort": experiment.cohort.title, "recipe": settings.recipe, "rate": settings.rate,
-                    "seed": settings.seed, "variant": settings.variant, "stage": "joint" + ending}
-            frames.append(measured.assign(best_for=named, **head)[[*head, *measured.columns, "best_for"]])
+    for stage, ending in trained_families(experiment):
+        measured = load_measured(experiment, stage)
+        best = best_rounds(measured)
+        named = measured["round"].map(lambda n: " ".join(m + ending for m, chosen in best.items() if chosen == n))
+        head = {"cohort": experiment.cohort.title, "recipe": settings.recipe, "rate": settings.rate,
+                "seed": settings.seed, "variant": settings.variant, "stage": "joint" + ending}
+        frames.append(measured.assign(best_for=named, **head)[[*head, *measured.columns, "best_for"]])
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 

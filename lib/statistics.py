@@ -9,6 +9,7 @@ import pandas as pd
 from scipy import stats
 
 RESAMPLES = 10_000
+IMAGE = ["seed", "subject", "slice"]  # what a pair of methods must both have
 
 
 def per_subject(per_image, metric):
@@ -85,18 +86,18 @@ def compare(per_image, pairs, metrics=("dsc", "hd")):
         minus reference) with its 95 % bootstrap interval over subjects (low, high) and its t interval over seeds
         (seeds_low, seeds_high; NaN with one), the subjects in which the method has the larger and the smaller value
         (n_larger, n_smaller), effect, p, and p_holm, corrected over the comparisons of the same cohort and metric.
-        Both methods of a pair are taken with the seeds that both have.
+        Both methods of a pair are taken with the images and the seeds that both have.
     """
     rows = []
     mean = per_image[per_image["class"] == "mean"]
     for (cohort, recipe, rate), group in mean.groupby(["cohort", "recipe", "rate"], sort=False):
-        seeds = group.groupby("method")["seed"].unique()
+        methods = set(group["method"])
         for metric in metrics:
             for method, reference in pairs:
-                if method not in seeds or reference not in seeds or method == reference:
+                if not {method, reference} <= methods or method == reference:
                     continue
-                common = np.intersect1d(seeds[method], seeds[reference])
-                chosen = group[group["seed"].isin(common) & group["method"].isin((method, reference))]
+                chosen = group[group["method"].isin((method, reference))]
+                chosen = chosen[chosen.groupby(IMAGE)["method"].transform("nunique") == 2]
                 if chosen.empty:
                     continue
                 both = per_subject(chosen, metric)[[method, reference]].dropna()
@@ -107,7 +108,7 @@ def compare(per_image, pairs, metrics=("dsc", "hd")):
                 seeds_low, seeds_high = interval_of_few([(one[method] - one[reference]).mean() for one in by_seed])
                 rows.append({
                     "cohort": cohort, "recipe": recipe, "rate": rate, "metric": metric, "method": method,
-                    "reference": reference, "n_subjects": len(both), "n_seeds": len(common),
+                    "reference": reference, "n_subjects": len(both), "n_seeds": chosen["seed"].nunique(),
                     "difference": float(gain.mean()), "low": low, "high": high, "seeds_low": seeds_low,
                     "seeds_high": seeds_high, "n_larger": int((gain > 0).sum()), "n_smaller": int((gain < 0).sum()),
                     "effect": effect, "p": p,

@@ -125,9 +125,10 @@ def table1(per_image, comparisons):
         pandas.DataFrame. Rows with seed ``all`` are over all n_seeds: means over test images and seeds, sd over all
         of them, and dsc_seed_sd, hd_seed_sd, the sd of the seeds' means. Those of class ``mean`` also have the 95 %
         interval of the DSC over subjects (dsc_low, dsc_high) and the tests against fs of the same recipe (p_fs,
-        p_fs_holm, effect_fs) and of combined and combined+ against mt (p_mt, difference_mt), of the DSC; star is the
-        paper's, p_mt below 0.05, uncorrected, with an arrow that says which way. Column rounds says which round was
-        tested, seed by seed.
+        p_fs_holm, effect_fs) and of combined and combined+ against mt (p_mt, difference_mt), of the DSC and, ending
+        in ``_hd``, of the HD; star is the paper's, p_mt below 0.05, uncorrected, with an arrow: up is better, a
+        higher DSC or a lower HD. Column rounds says which round was tested, seed by seed. The classical reference
+        has no recipe, so that its tests against fs of either recipe are in ``comparisons`` alone.
     """
     summary = {"n_test": ("dsc", "size"), "n_empty": ("empty", "sum"), "train_seconds": ("seconds", "mean"),
                "device": ("device", lambda names: "; ".join(sorted(set(names.dropna()))))}
@@ -142,16 +143,19 @@ def table1(per_image, comparisons):
     spread = by_seed.groupby(GROUP, sort=False)[["dsc_mean", "hd_mean"]].std().reset_index()
     overall = overall.merge(spread.rename(columns={"dsc_mean": "dsc_seed_sd", "hd_mean": "hd_seed_sd"}), on=GROUP)
     overall = overall.merge(intervals(per_image), on=["cohort", "recipe", "rate", "method", "class"], how="left")
-    tested = comparisons[comparisons["metric"] == "dsc"] if len(comparisons) else pd.DataFrame(
-        columns=["cohort", "recipe", "rate", "method", "reference", "difference", "p", "p_holm", "effect"])
     keys = ["cohort", "recipe", "rate", "method"]
+    if not len(comparisons):
+        comparisons = pd.DataFrame(columns=[*keys, "metric", "reference", "difference", "p", "p_holm", "effect"])
     columns = {"fs": {"p": "p_fs", "p_holm": "p_fs_holm", "effect": "effect_fs"},
                "mt": {"p": "p_mt", "difference": "difference_mt"}}
-    for reference, names in columns.items():
-        rows = tested[tested["reference"] == reference][[*keys, *names]].rename(columns=names)
-        overall = overall.merge(rows.assign(**{"class": "mean"}), on=[*keys, "class"], how="left")
-    direction = np.where(overall["difference_mt"].astype(float) > 0, "*↑", "*↓")
-    overall["star"] = np.where(overall["p_mt"].astype(float) < 0.05, direction, "")
+    for metric, ending, better in (("dsc", "", 1), ("hd", "_hd", -1)):
+        tested = comparisons[comparisons["metric"] == metric]
+        for reference, names in columns.items():
+            ours = {theirs: name + ending for theirs, name in names.items()}
+            rows = tested[tested["reference"] == reference][[*keys, *ours]].rename(columns=ours)
+            overall = overall.merge(rows.assign(**{"class": "mean"}), on=[*keys, "class"], how="left")
+        direction = np.where(better * overall[f"difference_mt{ending}"].astype(float) > 0, "*↑", "*↓")
+        overall[f"star{ending}"] = np.where(overall[f"p_mt{ending}"].astype(float) < 0.05, direction, "")
     whole = pd.concat([overall.assign(seed="all"), by_seed.assign(n_seeds=1)], ignore_index=True)
     ordered = ["cohort", "method", "recipe", "class", "rate", "n_labelled", "seed", "n_seeds", "n_test",
                *(f"{name}_{what}" for name in SCORES for what in ("mean", "sd")), "n_empty"]
@@ -182,7 +186,7 @@ def as_markdown(rows):
 
 
 def markdown(table):
-    """Table 1 for reading: mean ± sd over test images and seeds, the spread of seeds, and the test against fs.
+    """Table 1 for reading: mean ± sd over test images and seeds, the spread of seeds, and the tests against fs.
 
     With one foreground class its rows would repeat those of ``mean``, so they are left out.
     """
@@ -190,17 +194,21 @@ def markdown(table):
     several = table.groupby("cohort")["class"].transform("nunique") > 2
     rows = []
     for _, row in table[(table["class"] == "mean") | several].iterrows():
-        p = row["p_fs_holm"]
         rows.append({
             "cohort": row["cohort"], "labelled": f"{row['n_labelled']} ({row['rate']:g} %)", "recipe": row["recipe"],
             "method": row["method"], **({"class": row["class"]} if several.any() else {}),
             "seeds": row["n_seeds"], "n": row["n_test"], "DSC": spread(row, "dsc", 3) + (" " + row["star"]).rstrip(),
             "sd of seeds": "" if pd.isna(row["dsc_seed_sd"]) else f"{row['dsc_seed_sd']:.3f}",
-            "HD (px)": spread(row, "hd", 2), "HD95 (px)": spread(row, "hd95", 2), "empty": row["n_empty"],
+            "HD (px)": spread(row, "hd", 2) + (" " + row["star_hd"]).rstrip(), "HD95 (px)": spread(row, "hd95", 2), "empty": row["n_empty"],
             "round": row["rounds"] if row["method"] in WITH_ROUNDS else "",
-            "p against fs": "" if pd.isna(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
+            "p against fs: DSC": p_value(row["p_fs_holm"]), "HD": p_value(row["p_fs_holm_hd"]),
         })
     return as_markdown(rows)
+
+
+def p_value(p):
+    """p for reading; nothing where there was no test."""
+    return "" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def beside_the_published(table):
@@ -254,8 +262,9 @@ def ablation(per_image, rounds):
     Returns:
         pandas.DataFrame, one row per variant, and one of the whole method: DSC and HD on the test images of the
         method and of its companion (combined+, or CCT-R's second network), DSC of fs (that of the same labelled
-        images), the difference of the method's DSC from the whole one with its p (Wilcoxon over subjects), and the
-        best validation DSC of joint+'s rounds.
+        images), the difference of the method's DSC from the whole one with its p (Wilcoxon over subjects) and
+        p_holm, corrected over the variants of the same method and rate, and the best validation DSC of joint+'s
+        rounds.
     """
     test = per_image[(per_image["class"] == "mean") & ~per_image["cohort"].str.contains("unseen")]
     rows = []
@@ -270,7 +279,8 @@ def ablation(per_image, rounds):
                 row = {"cohort": cohort, "recipe": recipe, "rate": rate, "method": method,
                        "variant": variant or "as it stands", "seeds": len(seeds), "fs dsc": score("fs", "dsc"),
                        "dsc": score(method, "dsc"), "hd": score(method, "hd"), "companion": companion,
-                       "companion dsc": score(companion, "dsc"), "companion hd": score(companion, "hd")}
+                       "companion dsc": score(companion, "dsc"), "companion hd": score(companion, "hd"),
+                       "difference": np.nan, "p": np.nan}
                 whole = own[(own["variant"] == "") & own["seed"].isin(seeds)]
                 if variant and len(whole):
                     both = [statistics.per_subject(frame, "dsc")[method]
@@ -282,7 +292,11 @@ def ablation(per_image, rounds):
                                   & (rounds["split"] == "validation") & rounds["seed"].isin(seeds)]
                 row["validation dsc"] = measured.groupby("seed")["dsc_segmentation"].max().mean()
                 rows.append(row)
-    return pd.DataFrame(rows, columns=None if rows else ["cohort", "recipe", "rate", "method", "variant", "seeds"])
+    if not rows:
+        return pd.DataFrame(columns=["cohort", "recipe", "rate", "method", "variant", "seeds"])
+    table = pd.DataFrame(rows)
+    table["p_holm"] = table.groupby(["cohort", "recipe", "rate", "method"])["p"].transform(statistics.holm)
+    return table
 
 
 def ablation_markdown(table):
@@ -292,14 +306,13 @@ def ablation_markdown(table):
     figure = lambda value, digits: "" if pd.isna(value) else f"{value:.{digits}f}"
     rows = []
     for _, row in table.iterrows():
-        p = row.get("p", np.nan)
         rows.append({
             "cohort": row["cohort"], "rate": f"{row['rate']:g} %", "method": row["method"], "variant": row["variant"],
             "seeds": row["seeds"], "validation DSC": figure(row["validation dsc"], 3),
             "fs DSC": figure(row["fs dsc"], 3), "DSC": figure(row["dsc"], 3), "HD (px)": figure(row["hd"], 2),
             "combined+ or cctr-b: DSC": figure(row["companion dsc"], 3), "HD": figure(row["companion hd"], 2),
-            "difference of DSC": "" if pd.isna(row.get("difference", np.nan)) else f"{row['difference']:+.4f}",
-            "p": "" if pd.isna(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
+            "difference of DSC": "" if pd.isna(row["difference"]) else f"{row['difference']:+.4f}",
+            "p": p_value(row["p_holm"]),
         })
     return as_markdown(rows)
 

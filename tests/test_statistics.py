@@ -74,6 +74,13 @@ def test_only_seeds_that_both_methods_have_are_compared():
     assert found["difference"] == pytest.approx((0.2 + 0.1 + 0.1) / 3) and found["n_seeds"] == 1
 
 
+def test_only_images_that_both_methods_have_are_compared():
+    fs, joint = [0.1, 0.3, 0.5, 0.5, 0.9, 0.7], [0.3, 0.5, 0.6, 0.6, 0.9, 0.9]
+    fewer = pd.DataFrame(rows("joint", joint)).drop(index=[1, 3])  # one slice of the first subject, of the second
+    found = statistics.compare(pd.concat([pd.DataFrame(rows("fs", fs)), fewer]), [("joint", "fs")], ["dsc"]).iloc[0]
+    assert found["difference"] == pytest.approx((0.2 + 0.1 + 0.1) / 3) and found["n_subjects"] == 3
+
+
 def test_a_comparison_counts_subjects_and_knows_how_seeds_differ():
     """Three seeds with gains of 0.1, 0.2 and 0.3 in every subject but one, which loses as much."""
     rows = []

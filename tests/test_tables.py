@@ -65,6 +65,19 @@ def test_the_star_says_which_way_and_the_rounds_that_were_tested_are_named():
     assert row["star"] == "*↓" and row["rounds"] == "2, 0" and "*↓" in tables.markdown(table)
 
 
+def test_the_hd_has_its_own_star_and_its_own_p_and_lower_is_better():
+    scores = np.linspace(0.5, 0.9, 24)
+    fs, mt, combined = (rows_of("paper", method, scores) for method in ("fs", "mt", "combined"))
+    combined["hd"] -= 1 + np.arange(24) / 100
+    mt["hd"] += 0.5 + np.arange(24) / 100
+    _, _, table = whole(fs, mt, combined)
+    row = table[(table["seed"] == "all") & (table["class"] == "mean")].set_index("method")
+    assert row.loc["combined", "star"] == "" and row.loc["combined", "star_hd"] == "*↑"
+    assert row.loc["combined", "p_fs"] == 1 and row.loc["combined", "p_fs_hd"] == pytest.approx(2 / 2**12)
+    assert row.loc["combined", "p_fs_holm_hd"] == pytest.approx(3 * 2 / 2**12)  # of three comparisons of the HD
+    assert row.loc["mt", "effect_fs_hd"] == 1
+
+
 def test_methods_and_recipes_come_in_reading_order():
     shuffled = [rows_of(recipe, method, [0.5]) for recipe in ("strong", "paper") for method in ("joint", "mt", "fs")]
     _, _, table = whole(*shuffled)
@@ -81,11 +94,11 @@ def test_published_figures_stand_beside_ours_where_the_data_are_the_same():
     assert "UniMatch" not in tables.beside_the_paper(whole(rows.assign(n_labelled=7))[2])
 
 
-@pytest.mark.parametrize("cohort, counted", [("hippocampus", "images"), ("acdc", "patients")])
-def test_the_label_efficiency_says_what_is_counted(cohort, counted):
-    few, many = (rows_of("strong", "fs", [dsc, dsc], rate=rate, cohort=cohort) for rate, dsc in ((1, 0.5), (10, 0.75)))
+@pytest.mark.parametrize("counted", ["images", "patients"])
+def test_the_label_efficiency_says_what_is_counted(counted):
+    few, many = (rows_of("strong", "fs", [dsc, dsc], rate=rate) for rate, dsc in ((1, 0.5), (10, 0.75)))
     _, _, table = whole(few, many)
-    upper, lower = charts.label_efficiency(table).axes
+    upper, lower = charts.label_efficiency(table, counted).axes
     assert lower.get_xlabel() == f"labelled {counted}"
     assert [tick.get_text() for tick in lower.get_xticklabels()] == ["5", "50"]
     assert upper.lines[0].get_ydata().tolist() == [0.5, 0.75]
@@ -106,11 +119,23 @@ def test_the_ablation_compares_a_variant_with_joint_plus_on_the_same_seeds():
     table = tables.ablation(per_image, rounds).set_index("variant")
     assert table.loc["as it stands", "dsc"] == pytest.approx(0.85)  # of seed 1, the only one with the variant
     assert table.loc["no pairs", "difference"] == pytest.approx(-0.1)
+    assert table.loc["no pairs", "p"] == table.loc["no pairs", "p_holm"] == 0.5 and np.isnan(table["p"].iloc[0])
     assert table.loc["no pairs", "companion dsc"] == pytest.approx(0.75)
     assert table["validation dsc"].to_dict() == {"as it stands": 0.95, "no pairs": 0.8}
     assert "no pairs" in tables.ablation_markdown(tables.ablation(per_image, rounds))
     without = tables.ablation(per_image[per_image["variant"] == ""], rounds)
     assert "has not been run" in tables.ablation_markdown(without)
+
+
+def test_p_of_the_ablation_is_corrected_over_the_variants():
+    scores = np.linspace(0.5, 0.9, 24)
+    per_image = tables.average_classes(pd.concat([
+        rows_of("strong", "joint+", scores), rows_of("strong", "joint+", scores - 0.1, variant="no pairs"),
+        rows_of("strong", "joint+", scores + 0.1, variant="plain mean")], ignore_index=True))
+    rounds = pd.DataFrame(columns=["rate", "recipe", "seed", "variant", "stage", "split", "dsc_segmentation"])
+    table = tables.ablation(per_image, rounds).set_index("variant")
+    assert table["p"].iloc[1:].tolist() == pytest.approx([2 / 2**12] * 2)
+    assert table["p_holm"].iloc[1:].tolist() == pytest.approx([4 / 2**12] * 2)
 
 
 def test_variants_of_cctr_are_compared_with_cctr():

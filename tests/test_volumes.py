@@ -1,11 +1,16 @@
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
+from ruamel.yaml import YAML
 
-from lib import acdc, data, experiment, params, volumes
+from lib import acdc, data, experiment, notebooks, params, volumes
 
+RESULTS = "results", "${item.cohort}"
 SPLIT = {"train": [f"patient{k:03d}" for k in (1, 2, 3)], "validation": ["patient004"], "test": ["patient005"]}
 
 
@@ -153,3 +158,29 @@ def test_the_pieces_fit_the_experiment(settings, folder, tmp_path, monkeypatch):
     drawn = trial.draw_sources(trial.data.unlabelled, 5, trial.numerics.generator(1))
     assert drawn.shape == (len(trial.data.unlabelled), 5) and drawn.max() < len(trial.data.labelled)
     assert set(trial.cohort.subjects[trial.data.labelled]) == {"patient001"}
+
+
+def test_the_notebooks_run_on_volumes_and_write_what_the_pipeline_declares(tmp_path, monkeypatch):
+    """From the files of ten made-up patients to Table 1 and Figure 2, with CCT-R, at scale smoke."""
+    chosen = {"train": 6, "validation": 2, "test": 2}
+    for k, patient in enumerate(name for split, count in chosen.items() for name in acdc.SPLIT[split][:count]):
+        for frame in (1, 9):
+            write(tmp_path / "acdc", patient, frame, *heart(10 * k + frame, slices=3))
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / "out"))
+    monkeypatch.setenv("JOINT_SET", f"scale=smoke,cohort=acdc,rate=17,acdc.folder={tmp_path / 'acdc'},baseline=strong,"
+                                    "cctr.recipes=[strong]")
+    for number in ("01_data", "02_pretrain_segmentation", "03_pretrain_registration", "04_joint_training",
+                   "05_mean_teacher", "06_joint_plus", "07_cctr", "08_evaluation", "09_table1", "10_figure2"):
+        notebooks.run(number, {})
+    results = tmp_path / "out" / "results" / "acdc"
+    stages = YAML(typ="safe").load((params.ROOT / "dvc.yaml").read_text())["stages"]
+    declared = {Path(path) for stage in stages.values() for kind in ("outs", "metrics", "plots")
+                for output in stage.get(kind, []) for path in (output if isinstance(output, dict) else [output])}
+    wanted = {path.name.replace("${item.recipe}", "strong") for path in declared if path.parts[:2] == RESULTS}
+    assert len(wanted) > 20 and wanted <= {file.name for file in results.iterdir()} | {"${rate}-seed_${seed}"}
+    table = pd.read_csv(results / "table1.csv")
+    assert set(table["method"]) == {"fs", "mt", "registration", "joint", "combined", "registration+", "joint+",
+                                    "combined+", "cctr", "cctr-b", "classical"}
+    assert set(table["class"]) == {"mean", "right ventricle", "myocardium", "left ventricle"}
+    quality = pd.read_csv(results / "correspondence-strong.csv", index_col="labels")
+    assert list(quality.index) == ["before registration", "warped labels"] and (quality["volumes"] == 10).all()
