@@ -74,12 +74,15 @@ def owner(frame):
 
 
 def collect_watched(settings):
-    """Masks of Mean Teacher's teacher as it learnt, of the settings' seed: dictionary of label to (steps, masks)."""
+    """Masks of Mean Teacher's teacher as it learnt: dictionary of label to (steps, masks).
+
+    Of the settings' seed and, as in Figure 2 of P1, at the settings' rate and at 10 %.
+    """
     found = {}
     for folder in folders(settings):
         for file in sorted(folder.glob("mean_teacher_*.npz")):
             row = pd.read_csv(folder / "per_image.csv", nrows=1).iloc[0]
-            if row["seed"] == settings.seed:
+            if row["seed"] == settings.seed and row["rate"] in (settings.rate, 10):
                 recipe = file.stem.removeprefix("mean_teacher_")
                 with np.load(file) as archive:
                     found[recipe, float(row["rate"])] = archive["steps"], archive["masks"]

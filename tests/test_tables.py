@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -85,6 +87,19 @@ def test_methods_and_recipes_come_in_reading_order():
     assert list(zip(overall["recipe"], overall["method"])) == [
         ("paper", "fs"), ("paper", "mt"), ("paper", "joint"), ("strong", "fs"), ("strong", "mt"), ("strong", "joint")]
     assert "| paper    | fs" in tables.markdown(table) and "0.58 ± 0.27" in tables.beside_the_paper(table)
+
+
+def test_figure_2_shows_the_teacher_at_its_own_rate_and_at_ten_per_cent(tmp_path, monkeypatch):
+    folders = []
+    for rate, seed in ((1, 1), (10, 1), (50, 1), (10, 2)):
+        folders.append(tmp_path / f"{rate}-{seed}")
+        folders[-1].mkdir()
+        rows_of("paper", "mt", [0.5], seed, rate).to_csv(folders[-1] / "per_image.csv", index=False)
+        np.savez(folders[-1] / "mean_teacher_paper.npz", steps=[rate], masks=[[seed]])
+    monkeypatch.setattr(tables, "folders", lambda settings: folders)
+    found = tables.collect_watched(SimpleNamespace(rate=1, seed=1))
+    assert list(found) == ["MT, 1 %\npaper recipe", "MT, 10 %\npaper recipe"]
+    assert [(int(steps[0]), int(masks[0, 0])) for steps, masks in found.values()] == [(1, 1), (10, 1)]
 
 
 def test_published_figures_stand_beside_ours_where_the_data_are_the_same():
