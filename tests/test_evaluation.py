@@ -1,10 +1,11 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from monai.metrics import DiceMetric, HausdorffDistanceMetric
 
-from lib import evaluation
+from lib import evaluation, params
 
 
 def squares(*boxes, size=20):
@@ -52,3 +53,25 @@ def test_a_pixel_belongs_to_its_most_probable_class():
     assert evaluation.harden(masks)[0, :, 0].tolist() == [[True, False], [False, True]]
     binary = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5
     assert torch.equal(evaluation.harden(binary), binary)
+
+
+def test_dice_of_groups_is_that_of_their_pixels_together():
+    masks, truth = (torch.rand(5, 2, 6, 6, generator=torch.Generator().manual_seed(k)) > 0.5 for k in (0, 1))
+    masks[:, 1], truth[:, 1] = masks[:, 1] & ~masks[:, 0], truth[:, 1] & ~truth[:, 0]
+    truth[3:, 1] = masks[3:, 1] = False
+    found = evaluation.dice_of_groups(masks, truth, torch.tensor([0, 1, 0, 2, 2]))
+    for group, members in enumerate(([0, 2], [1], [3, 4])):
+        volume = lambda each: each[members].movedim(0, -1)[None]
+        assert torch.allclose(found[group], evaluation.dice(volume(masks), volume(truth))[0])
+    assert found[2, 1] == 1  # there is nothing, and nothing is marked
+
+
+def test_a_variant_takes_on_nothing_of_plain_joint(tmp_path):
+    settings = params.Section(variant="", joint=params.Section(rounds=1), joint_plus=params.Section(rounds=1))
+    experiment = SimpleNamespace(settings=settings, model_file=lambda stage, number: tmp_path / stage)
+    assert list(evaluation.trained_families(experiment)) == []
+    for stage in ("joint", "joint_plus"):
+        (tmp_path / stage).touch()
+    assert list(evaluation.trained_families(experiment)) == [("joint", ""), ("joint_plus", "+")]
+    settings["variant"] = "no pairs"
+    assert list(evaluation.trained_families(experiment)) == [("joint_plus", "+")]
