@@ -202,7 +202,8 @@ def markdown(table):
             "method": row["method"], **({"class": row["class"]} if several.any() else {}),
             "seeds": row["n_seeds"], "n": row["n_test"], "DSC": spread(row, "dsc", 3) + (" " + row["star"]).rstrip(),
             "sd of seeds": "" if pd.isna(row["dsc_seed_sd"]) else f"{row['dsc_seed_sd']:.3f}",
-            "HD (px)": spread(row, "hd", 2) + (" " + row["star_hd"]).rstrip(), "HD95 (px)": spread(row, "hd95", 2), "empty": row["n_empty"],
+            "HD (px)": spread(row, "hd", 2) + (" " + row["star_hd"]).rstrip(),
+            "HD95 (px)": spread(row, "hd95", 2), "empty": row["n_empty"],
             "round": row["rounds"] if row["method"] in WITH_ROUNDS else "",
             "p against fs: DSC": p_value(row["p_fs_holm"]), "HD": p_value(row["p_fs_holm_hd"]),
         })
