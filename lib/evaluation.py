@@ -204,14 +204,14 @@ def describe(experiment, split, index, method, masks, truth):
     head = {"cohort": title_of(cohort, split), "recipe": settings.recipe, "rate": settings.rate,
             "n_labelled": cohort.units(experiment.data.labelled.cpu()), "seed": settings.seed,
             "variant": settings.variant, "method": method}
-    confidence = mean_confidence(masks).cpu().numpy()
+    case = None
     if isinstance(cohort, VolumeCohort):
         scores = score_volumes(cohort, masks, index)
-        confidence = pd.Series(confidence).groupby(cohort.volumes[index]).transform("mean").to_numpy()
+        case = torch.as_tensor(np.unique(cohort.volumes[index], return_inverse=True)[1], device=masks.device)
     else:
         scores = score(masks, truth, cohort.classes)
     position = scores.pop("image").to_numpy()
-    confidence = confidence[position]
+    confidence = mean_confidence(masks, case).cpu().numpy()[position]
     frame = scores.assign(**head, subject=cohort.subjects[index[position]], slice=index[position],
                           confidence=confidence, device=experiment.numerics.name)
     bins = reliability(masks, truth)

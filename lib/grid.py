@@ -85,10 +85,10 @@ def key_of(item, settings):
     relevant = {key: value for key, value in own.items() if key not in others}
     if "07_cctr" in ran and "06_joint_plus" not in ran:  # all that CCT-R takes from there
         relevant["joint_plus"] = {"refinement": own.joint_plus.refinement}
+    of_volumes = [versions.VOLUMES, versions.VOLUME_EVALUATION] if settings.cohort in params.VOLUME_COHORTS else []
     return params.fingerprint(relevant, split_of(settings), versions.NUMERICS, versions.MEAN_TEACHER,
                               versions.EVALUATION, "06_joint_plus" in ran and versions.JOINT_PLUS,
-                              "07_cctr" in ran and versions.CCTR,
-                              *[versions.VOLUMES] * (settings.cohort in params.VOLUME_COHORTS))
+                              "07_cctr" in ran and versions.CCTR, *of_volumes)
 
 
 def split_of(settings):

@@ -144,7 +144,7 @@ def fuse(masks, weight):
     return masks._replace(soft=weight * masks.segmentation + (1 - weight) * masks.registration)
 
 
-def mean_confidence(soft):
+def mean_confidence(soft, case=None):
     """Mean confidence of each soft mask, in [0.5, 1].
 
     The confidence of a pixel is max(p, 1 - p); it is averaged over the pixels that any mask marks at all
@@ -152,11 +152,15 @@ def mean_confidence(soft):
 
     Args:
         soft: ``(images, classes, height, width)``.
+        case: ``(images,)`` number of the volume, below ``images``, that each is a slice of: slices of one volume are
+            averaged together, so that those in which little is marked weigh little. None: every image is a case.
 
     Returns:
-        ``(images,)``.
+        ``(images,)``, the same for all slices of a volume.
     """
     marked = (soft > 0.05).float()
-    confidence = torch.maximum(soft, 1 - soft) * marked
+    total = (torch.maximum(soft, 1 - soft) * marked).sum(dim=(1, 2, 3))
     count = marked.sum(dim=(1, 2, 3))
-    return torch.where(count > 0, confidence.sum(dim=(1, 2, 3)) / count.clamp_min(1), torch.ones_like(count))
+    if case is not None:
+        total, count = (torch.zeros_like(part).index_add(0, case, part)[case] for part in (total, count))
+    return torch.where(count > 0, total / count.clamp_min(1), torch.ones_like(count))

@@ -81,3 +81,12 @@ def test_mean_confidence_is_one_for_hard_masks_and_half_for_undecided_ones():
     assert float(pseudo_masks.mean_confidence(hard)) == 1
     assert float(pseudo_masks.mean_confidence(0.5 * hard)) == 0.5
     assert float(pseudo_masks.mean_confidence(0 * hard)) == 1
+
+
+def test_slices_of_a_volume_weigh_by_what_is_marked_in_them():
+    soft = torch.zeros(4, 1, 8, 8)
+    soft[0, 0, 0, :1] = 0.9  # one pixel of 0.9 and three of 0.5, on two slices of volume 1; its third is empty
+    soft[2, 0, 0, :3] = 0.5
+    soft[3, 0, 0, :2] = 0.8  # volume 0
+    found = pseudo_masks.mean_confidence(soft, torch.tensor([1, 1, 1, 0]))
+    assert found.tolist() == pytest.approx([0.6, 0.6, 0.6, 0.8])
