@@ -54,6 +54,11 @@ def taught_loss(logits, teacher, pooled):
     return foreground_dice(logits, labels[:, 1:], pooled)
 
 
+def cross_teaching_loss(first, second, pooled):
+    """Each network taught by the other on the same images; P2, cross teaching."""
+    return taught_loss(first, second, pooled) + taught_loss(second, first, pooled)
+
+
 def both_networks(experiment, **changes):
     """CrossTeaching with the seed's initial weights, on the device; ``changes`` of section ``cctr``."""
     settings, data = experiment.settings, experiment.data
@@ -111,7 +116,7 @@ def train_cctr(experiment, correspondence):
         by_first, by_second = first[half:], second[half:]  # what they say of unlabelled images
         losses = {
             "supervised": sum(supervised_loss(logits[:half], targets[:half], pooled) for logits in (first, second)),
-            "cross": taught_loss(by_first, by_second, pooled) + taught_loss(by_second, by_first, pooled),
+            "cross": cross_teaching_loss(by_first, by_second, pooled),
         }
         weights = {"supervised": 1.0, "cross": options.cross_teaching * ramp}
         if options.rsl:

@@ -220,11 +220,14 @@ def describe(experiment, split, index, method, masks, truth):
 
 
 def evaluate_classical(experiment):
-    """The classical reference on the test images, or an even sample of them; see lib.classical. As ``evaluate``."""
+    """The classical reference on the test images, or an even sample of them; see lib.classical. As ``evaluate``.
+
+    Masks of images that are not in the sample are empty; they have no rows.
+    """
     from lib import classical  # SimpleITK is needed nowhere else
 
     cohort, data, settings = experiment.cohort, experiment.data, experiment.settings
-    index = cohort.index("test")
+    index = test = cohort.index("test")
     whole = getattr(cohort, "volumes", np.arange(len(cohort.images)))[index]  # volumes are scored whole
     names = whole[np.sort(np.unique(whole, return_index=True)[1])]
     count = max(1, round(settings.classical.images * len(names) / len(index)))
@@ -239,8 +242,10 @@ def evaluate_classical(experiment):
     seconds = time.monotonic() - start
     masks = torch.as_tensor(masks).to(data.masks.device)
     frame, bins = describe(experiment, "test", index, "classical", masks, data.masks[index])
+    kept = masks.new_zeros(len(test), *masks.shape[1:])
+    kept[np.isin(test, index)] = masks
     return Evaluation(frame.assign(recipe="-", round=0, seconds=round(seconds, 1)), bins.assign(recipe="-"),
-                      {"classical": masks})
+                      {"classical": kept})
 
 
 def rounds(experiment):

@@ -39,15 +39,15 @@ class Item(NamedTuple):
 def groups_of(settings):
     """Items that share a registration network, as lists: recipe and seed are the same, rates and variants differ.
 
-    Variants run at the first rate. What the pipeline runs anyway, at its own rate and seed, is left out. The main
-    recipe comes before the baseline.
+    Variants run at the first rate. Where no rates or seeds are named, they are the pipeline's own. What the pipeline
+    runs anyway, at its own rate and seed, is left out. The main recipe comes before the baseline.
     """
-    grid = settings.grid
+    rates, seeds = settings.grid.rates or [settings.rate], settings.grid.seeds or [settings.seed]
     groups = []
-    for recipe, seed in itertools.product(reversed(params.recipes(settings)), grid.seeds):
-        items = [Item(recipe, rate, seed) for rate in grid.rates if (rate, seed) != (settings.rate, settings.seed)]
+    for recipe, seed in itertools.product(reversed(params.recipes(settings)), seeds):
+        items = [Item(recipe, rate, seed) for rate in rates if (rate, seed) != (settings.rate, settings.seed)]
         if recipe == settings.recipe:
-            items += [Item(recipe, grid.rates[0], seed, variant) for variant in grid.variants]
+            items += [Item(recipe, rates[0], seed, variant) for variant in settings.grid.variants]
         if items:
             groups.append(items)
     return groups
@@ -76,13 +76,18 @@ def folder_of(item, settings):
 
 
 def key_of(item, settings):
-    """Fingerprint of everything that the item's results depend on: settings, split and the code's names."""
+    """Fingerprint of what the item's results depend on: settings, split and the code's names.
+
+    Where the data lie does not count, since the split names every slice; nor does the device, nor what precision
+    ``auto`` comes to on it: results from one machine are good for another.
+    """
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
     ran = set(notebooks_of(item, settings))
     unused = {"joint_plus": {"06_joint_plus", "07_cctr"}, "cctr": {"07_cctr"}}
-    others = {"grid", "baseline", *(section for section, notebooks in unused.items() if not notebooks & ran),
+    others = {"grid", "baseline", "device", *(section for section, notebooks in unused.items() if not notebooks & ran),
               *params.CHOICES["cohort"]} - {settings.cohort}
     relevant = {key: value for key, value in own.items() if key not in others}
+    relevant[settings.cohort] = {key: value for key, value in own[settings.cohort].items() if key != "folder"}
     if "07_cctr" in ran and "06_joint_plus" not in ran:  # all that CCT-R takes from there
         relevant["joint_plus"] = {"refinement": own.joint_plus.refinement}
     of_volumes = [versions.VOLUMES, versions.VOLUME_EVALUATION] if settings.cohort in params.VOLUME_COHORTS else []
@@ -137,8 +142,9 @@ def run(item, settings, threads):
         values = dict(chosen)
         if item.variant:
             values["variant"] = item.variant
-        if notebook == "08_evaluation":
-            values |= {"destination": str(folder), "classical": item.recipe == "paper" and item.rate < 100}
+        if notebook == "08_evaluation":  # the classical reference, which has no recipe, runs beside one of them
+            classical = item.recipe == settings.baseline and item.rate < 100 and not item.variant
+            values |= {"destination": str(folder), "classical": classical}
         executed = params.work_folder("notebooks", "grid", settings.cohort, item.name, f"{notebook}.ipynb")
         pairs = [part for name, value in values.items() for part in ("-p", name, json.dumps(value))]
         command = [sys.executable, "-m", "lib.notebooks", "run", notebook, "--to", str(executed), *pairs]

@@ -119,14 +119,14 @@ def cases(experiment, masks, per_image):
 
     Args:
         experiment: Experiment.
-        masks: dictionary of method to its masks of the test images.
+        masks: dictionary of method to its masks of the test images, those of classical among them where it ran.
         per_image: rows of class ``mean``.
     """
     index = experiment.cohort.index("test")
     figure, axes = plt.subplots(3, len(masks), figsize=(1.9 * len(masks), 7.4), squeeze=False)
     for column, (method, predicted) in zip(axes.T, masks.items()):
-        rows = per_image[(per_image["method"] == method) & (per_image["recipe"] == experiment.settings.recipe)
-                         & per_image["slice"].isin(index)].sort_values("dsc")
+        rows = per_image[(per_image["method"] == method) & per_image["slice"].isin(index)
+                         & per_image["recipe"].isin((experiment.settings.recipe, "-"))].sort_values("dsc")
         for ax, (name, position) in zip(column, (("best", -1), ("median", len(rows) // 2), ("worst", 0))):
             row = rows.iloc[position]
             at = int(np.flatnonzero(index == row["slice"])[0])
@@ -175,7 +175,7 @@ def correspondences(source, target, source_mask, target_mask, field, count=8):
         source, target: ``(1, 1, height, width)``, the labelled and the unlabelled image.
         source_mask, target_mask: ``(1, classes, height, width)``, drawn as outlines.
         field: ``(1, 2, height, width)``.
-        count: pixels to show, evenly spaced along the outline of the warped mask.
+        count: pixels to show, of the warped mask, evenly spaced in the order of their angle about its centre.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2))
     draw(left, target, array(target_mask), "unlabelled image: anchors\n(true mask, not used)")

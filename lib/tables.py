@@ -128,10 +128,11 @@ def table1(per_image, comparisons):
         pandas.DataFrame. Rows with seed ``all`` are over all n_seeds: means over test images and seeds, sd over all
         of them, and dsc_seed_sd, hd_seed_sd, the sd of the seeds' means. Those of class ``mean`` also have the 95 %
         interval of the DSC over subjects (dsc_low, dsc_high) and the tests against fs of the same recipe (p_fs,
-        p_fs_holm, effect_fs) and of combined and combined+ against mt (p_mt, difference_mt), of the DSC and, ending
-        in ``_hd``, of the HD; star is the paper's, p_mt below 0.05, uncorrected, with an arrow: up is better, a
-        higher DSC or a lower HD. Column rounds says which round was tested, seed by seed. The classical reference
-        has no recipe, so that its tests against fs of either recipe are in ``comparisons`` alone.
+        p_fs_holm, effect_fs) and of combined and combined+ against mt (p_mt, difference_mt, effect_mt), of the DSC
+        and, ending in ``_hd``, of the HD; star is the paper's, p_mt below 0.05, uncorrected, with an arrow: up is
+        better, a higher DSC or a lower HD, by the ranks on which the test rests (effect_mt), which single subjects
+        do not turn as they may the means. Column rounds says which round was tested, seed by seed. The classical
+        reference has no recipe, so that its tests against fs of either recipe are in ``comparisons`` alone.
     """
     summary = {"n_test": ("dsc", "size"), "n_empty": ("empty", "sum"), "train_seconds": ("seconds", "mean"),
                "device": ("device", lambda names: "; ".join(sorted(set(names.dropna()))))}
@@ -150,14 +151,14 @@ def table1(per_image, comparisons):
     if not len(comparisons):
         comparisons = pd.DataFrame(columns=[*keys, "metric", "reference", "difference", "p", "p_holm", "effect"])
     columns = {"fs": {"p": "p_fs", "p_holm": "p_fs_holm", "effect": "effect_fs"},
-               "mt": {"p": "p_mt", "difference": "difference_mt"}}
+               "mt": {"p": "p_mt", "difference": "difference_mt", "effect": "effect_mt"}}
     for metric, ending, better in (("dsc", "", 1), ("hd", "_hd", -1)):
         tested = comparisons[comparisons["metric"] == metric]
         for reference, names in columns.items():
             ours = {theirs: name + ending for theirs, name in names.items()}
             rows = tested[tested["reference"] == reference][[*keys, *ours]].rename(columns=ours)
             overall = overall.merge(rows.assign(**{"class": "mean"}), on=[*keys, "class"], how="left")
-        direction = np.where(better * overall[f"difference_mt{ending}"].astype(float) > 0, "*↑", "*↓")
+        direction = np.where(better * overall[f"effect_mt{ending}"].astype(float) > 0, "*↑", "*↓")
         overall[f"star{ending}"] = np.where(overall[f"p_mt{ending}"].astype(float) < 0.05, direction, "")
     whole = pd.concat([overall.assign(seed="all"), by_seed.assign(n_seeds=1)], ignore_index=True)
     ordered = ["cohort", "method", "recipe", "class", "rate", "n_labelled", "seed", "n_seeds", "n_test",
@@ -215,6 +216,33 @@ def p_value(p):
     return "" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def in_words(comparisons):
+    """What can be told from chance against fs, as Markdown: one item per cohort, rate and recipe.
+
+    Args:
+        comparisons: of ``compare``.
+
+    Returns:
+        For DSC and HD the methods that are better, worse or neither (p_holm below 0.05, the side by the ranks, see
+        ``table1``), with the mean difference from fs and its 95 % interval over subjects.
+    """
+    if not len(comparisons):
+        return "There is nothing to compare with fs yet.\n"
+    lines = []
+    against = comparisons[comparisons["reference"] == "fs"]
+    for (cohort, rate, recipe), group in against.groupby(["cohort", "rate", "recipe"], sort=False):
+        said = []
+        for metric, digits, better in (("dsc", 3, 1), ("hd", 2, -1)):
+            named = {"better": [], "worse": [], "level": []}
+            for _, row in group[group["metric"] == metric].iterrows():
+                side = "level" if row["p_holm"] >= 0.05 else "better" if better * row["effect"] > 0 else "worse"
+                figures = [f"{row[column]:+.{digits}f}" for column in ("difference", "low", "high")]
+                named[side].append("{} {} ({} to {})".format(row["method"], *figures))
+            said += [f"{metric.upper()} {side}: {', '.join(methods)}." for side, methods in named.items() if methods]
+        lines.append(f"- **{cohort}, {rate:g} %, recipe {recipe}.** {' '.join(said)}")
+    return "\n".join(lines) + "\n"
+
+
 def beside_the_published(table):
     """Our mean DSC beside published figures from the same test patients: one row per method and labelled patients."""
     table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean")]
@@ -264,15 +292,15 @@ def ablation(per_image, rounds):
         rounds: rows of rounds.csv, variants among them.
 
     Returns:
-        pandas.DataFrame, one row per variant, and one of the whole method: DSC and HD on the test images of the
-        method and of its companion (combined+, or CCT-R's second network), DSC of fs (that of the same labelled
-        images), the difference of the method's DSC from the whole one with its p (Wilcoxon over subjects) and
-        p_holm, corrected over the variants of the same method and rate, and the best validation DSC of joint+'s
-        rounds.
+        pandas.DataFrame, one row per variant and class, and one of the whole method: DSC and HD on the test images
+        of the method and of its companion (combined+, or CCT-R's second network), DSC of fs (that of the same
+        labelled images), the difference of the method's DSC from the whole one with, of class ``mean``, its p
+        (Wilcoxon over subjects) and p_holm, corrected over the variants of the same method and rate, and the best
+        validation DSC of joint+'s rounds.
     """
-    test = per_image[(per_image["class"] == "mean") & ~per_image["cohort"].str.contains("unseen")]
+    test = per_image[~per_image["cohort"].str.contains("unseen")]
     rows = []
-    for (cohort, recipe, rate), group in test.groupby(["cohort", "recipe", "rate"], sort=False):
+    for (cohort, recipe, rate, label), group in test.groupby(["cohort", "recipe", "rate", "class"], sort=False):
         for method, companion in ABLATED.items():
             own = group[group["method"] == method]
             variants = own.loc[own["variant"] != "", "variant"].unique()
@@ -281,7 +309,8 @@ def ablation(per_image, rounds):
                 chosen = group[(group["variant"] == variant) & group["seed"].isin(seeds)]
                 score = lambda name, of: chosen.loc[chosen["method"] == name, of].mean()
                 row = {"cohort": cohort, "recipe": recipe, "rate": rate, "method": method,
-                       "variant": variant or "as it stands", "seeds": len(seeds), "fs dsc": score("fs", "dsc"),
+                       "variant": variant or "as it stands", "class": label, "seeds": len(seeds),
+                       "fs dsc": score("fs", "dsc"),
                        "dsc": score(method, "dsc"), "hd": score(method, "hd"), "companion": companion,
                        "companion dsc": score(companion, "dsc"), "companion hd": score(companion, "hd"),
                        "difference": np.nan, "p": np.nan}
@@ -290,29 +319,31 @@ def ablation(per_image, rounds):
                     both = [statistics.per_subject(frame, "dsc")[method]
                             for frame in (chosen[chosen["method"] == method], whole)]
                     row["difference"] = float((both[0] - both[1]).mean())
-                    row["p"] = statistics.wilcoxon(*both)[0]
+                    row["p"] = statistics.wilcoxon(*both)[0] if label == "mean" else np.nan
                 measured = rounds[(rounds["variant"] == variant) & (rounds["stage"] == method)
                                   & (rounds["rate"] == rate) & (rounds["recipe"] == recipe)
                                   & (rounds["split"] == "validation") & rounds["seed"].isin(seeds)]
-                row["validation dsc"] = measured.groupby("seed")["dsc_segmentation"].max().mean()
+                if label == "mean":
+                    row["validation dsc"] = measured.groupby("seed")["dsc_segmentation"].max().mean()
                 rows.append(row)
     if not rows:
-        return pd.DataFrame(columns=["cohort", "recipe", "rate", "method", "variant", "seeds"])
+        return pd.DataFrame(columns=["cohort", "recipe", "rate", "method", "variant", "class", "seeds"])
     table = pd.DataFrame(rows)
     table["p_holm"] = table.groupby(["cohort", "recipe", "rate", "method"])["p"].transform(statistics.holm)
     return table
 
 
 def ablation_markdown(table):
-    """The ablation for reading; says so where it has not been run."""
+    """The ablation for reading; says so where it has not been run. A single class would repeat ``mean``."""
     if not len(table):
-        return "The ablation has not been run: `dvc exp run -S 'grid.variants=[...]'`, see params.yaml.\n"
+        return "The ablation has not been run: `dvc exp run -S 'grid.variants=[no pairs]'`, see params.yaml.\n"
+    several = table["class"].nunique() > 2
     figure = lambda value, digits: "" if pd.isna(value) else f"{value:.{digits}f}"
     rows = []
-    for _, row in table.iterrows():
+    for _, row in table[(table["class"] == "mean") | several].iterrows():
         rows.append({
             "cohort": row["cohort"], "rate": f"{row['rate']:g} %", "method": row["method"], "variant": row["variant"],
-            "seeds": row["seeds"], "validation DSC": figure(row["validation dsc"], 3),
+            **({"class": row["class"]} if several else {}), "seeds": row["seeds"], "validation DSC": figure(row["validation dsc"], 3),
             "fs DSC": figure(row["fs dsc"], 3), "DSC": figure(row["dsc"], 3), "HD (px)": figure(row["hd"], 2),
             "combined+ or cctr-b: DSC": figure(row["companion dsc"], 3), "HD": figure(row["companion hd"], 2),
             "difference of DSC": "" if pd.isna(row["difference"]) else f"{row['difference']:+.4f}",

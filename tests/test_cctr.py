@@ -23,6 +23,15 @@ def test_no_gradient_reaches_the_teaching_side():
     assert student.grad.abs().sum() > 0 and teacher.grad is None
 
 
+def test_each_network_learns_as_if_the_other_were_constant():
+    first, second = (part.requires_grad_() for part in torch.randn(2, 2, 4, 8, 8, generator=generator()))
+    cctr.cross_teaching_loss(first, second, False).backward()
+    for student, teacher in ((first, second), (second, first)):
+        alone = student.detach().requires_grad_()
+        cctr.taught_loss(alone, teacher.detach(), False).backward()
+        assert student.grad.abs().sum() > 0 and torch.allclose(student.grad, alone.grad)
+
+
 def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn():
     teacher = 50 * F.one_hot(torch.randint(4, (2, 8, 8), generator=generator()), 4).movedim(-1, 1).float()
     assert float(cctr.taught_loss(teacher, teacher, False)) == pytest.approx(0, abs=1e-3)

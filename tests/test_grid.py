@@ -26,8 +26,38 @@ def test_groups_share_a_registration_and_leave_out_what_the_pipeline_runs(settin
         ["paper-10-seed_1", "paper-100-seed_1"],
         ["paper-1-seed_2", "paper-10-seed_2", "paper-100-seed_2"],
     ]
-    settings.grid |= {"rates": [], "variants": []}
+    settings.grid |= {"rates": [], "seeds": []}
+    assert names(grid.groups_of(settings)) == [["strong-1-seed_1-no_pairs"]]  # at the pipeline's own rate and seed
+    settings.grid |= {"variants": []}
     assert grid.groups_of(settings) == []
+
+
+def test_where_the_data_lie_and_what_computes_do_not_repeat_an_item(settings, monkeypatch):
+    settings.cohort = "hippocampus"
+    item = grid.Item("strong", 10, 2)
+    monkeypatch.setenv("JOINT_SET", "scale=smoke")
+    before = grid.key_of(item, settings)
+    monkeypatch.setenv("JOINT_SET", "scale=smoke,device=cpu,hippocampus.folder=elsewhere")
+    assert grid.key_of(item, settings) == before
+    monkeypatch.setenv("JOINT_SET", "scale=smoke,precision=float32")
+    assert grid.key_of(item, settings) != before
+
+
+def test_the_classical_reference_runs_once_a_rate_and_seed_beside_the_baseline(settings, monkeypatch):
+    for baseline in ("paper", "strong"):
+        settings.baseline = baseline
+        monkeypatch.setattr(grid.params, "load", lambda *a, **k: params.section(json.loads(json.dumps(settings))))
+        asked = []
+        monkeypatch.setattr(grid.subprocess, "run", lambda command, **_: (
+            asked.append(command[command.index("classical") + 1]) if "classical" in command else None,
+            subprocess.CompletedProcess(command, 1, "", ""))[1])
+        for item in (grid.Item("paper", 10, 1), grid.Item("strong", 10, 1), grid.Item("strong", 100, 1),
+                     grid.Item("strong", 1, 1, "no pairs")):
+            monkeypatch.setattr(grid, "notebooks_of", lambda *a: ["08_evaluation"])
+            with pytest.raises(RuntimeError):
+                grid.run(item, settings, 1)
+        assert asked == (["true", "false", "false", "false"] if baseline == "paper" else
+                         ["false", "true", "false", "false"])
 
 
 def test_everything_labelled_leaves_only_fs(settings):

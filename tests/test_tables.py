@@ -67,6 +67,26 @@ def test_the_star_says_which_way_and_the_rounds_that_were_tested_are_named():
     assert row["star"] == "*↓" and row["rounds"] == "2, 0" and "*↓" in tables.markdown(table)
 
 
+def test_a_single_subject_does_not_turn_the_arrow_round():
+    scores = np.linspace(0.5, 0.9, 24)
+    mt, combined = rows_of("paper", "mt", scores), rows_of("paper", "combined", scores - 0.02)
+    mt.loc[22:, "dsc"] = 0.0  # one subject, without whom mt is better in all
+    _, comparisons, table = whole(mt, combined)
+    row = table[(table["seed"] == "all") & (table["class"] == "mean") & (table["method"] == "combined")].iloc[0]
+    assert row["difference_mt"] > 0 and row["effect_mt"] < 0 and row["star"] == "*↓"
+
+
+def test_what_holds_against_fs_is_said_in_words():
+    fs = np.linspace(0.5, 0.7, 24)
+    _, comparisons, _ = whole(rows_of("paper", "fs", fs), rows_of("paper", "mt", fs - 0.1),
+                              rows_of("paper", "joint", fs + 0.1), rows_of("paper", "combined", fs))
+    words = tables.in_words(comparisons)
+    assert words.startswith("- **made up, 1 %, recipe paper.** DSC better: joint +0.100 (+0.100 to +0.100).")
+    assert "DSC worse: mt -0.100" in words and "DSC level: combined +0.000" in words
+    assert "HD better: joint -1.00" in words and "HD worse: mt +1.00" in words
+    assert "nothing" in tables.in_words(comparisons[:0])
+
+
 def test_the_hd_has_its_own_star_and_its_own_p_and_lower_is_better():
     scores = np.linspace(0.5, 0.9, 24)
     fs, mt, combined = (rows_of("paper", method, scores) for method in ("fs", "mt", "combined"))
@@ -131,7 +151,7 @@ def test_the_ablation_compares_a_variant_with_joint_plus_on_the_same_seeds():
          "round": number, "split": "validation", "dsc_segmentation": score}
         for variant, number, score in (("", 0, 0.8), ("", 1, 0.95), ("no pairs", 0, 0.8), ("no pairs", 1, 0.7))
     ])
-    table = tables.ablation(per_image, rounds).set_index("variant")
+    table = tables.ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
     assert table.loc["as it stands", "dsc"] == pytest.approx(0.85)  # of seed 1, the only one with the variant
     assert table.loc["no pairs", "difference"] == pytest.approx(-0.1)
     assert table.loc["no pairs", "p"] == table.loc["no pairs", "p_holm"] == 0.5 and np.isnan(table["p"].iloc[0])
@@ -148,7 +168,7 @@ def test_p_of_the_ablation_is_corrected_over_the_variants():
         rows_of("strong", "joint+", scores), rows_of("strong", "joint+", scores - 0.1, variant="no pairs"),
         rows_of("strong", "joint+", scores + 0.1, variant="plain mean")], ignore_index=True))
     rounds = pd.DataFrame(columns=["rate", "recipe", "seed", "variant", "stage", "split", "dsc_segmentation"])
-    table = tables.ablation(per_image, rounds).set_index("variant")
+    table = tables.ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
     assert table["p"].iloc[1:].tolist() == pytest.approx([2 / 2**12] * 2)
     assert table["p_holm"].iloc[1:].tolist() == pytest.approx([4 / 2**12] * 2)
 
@@ -161,7 +181,9 @@ def test_variants_of_cctr_are_compared_with_cctr():
         rows_of("strong", "cctr-b", [0.6, 0.6], variant="with contrast"),
     ], ignore_index=True))
     rounds = pd.DataFrame(columns=["variant", "stage", "rate", "recipe", "split", "seed", "dsc_segmentation"])
-    table = tables.ablation(per_image, rounds)
+    everything = tables.ablation(per_image, rounds)
+    table = everything[everything["class"] == "mean"]
+    assert everything["class"].unique().tolist() == ["mean", "a"] and everything["p"].count() == table["p"].count()
     assert table.groupby("method")["variant"].agg(list).to_dict() == {
         "joint+": ["as it stands", "no pairs"], "cctr": ["as it stands", "with contrast"]}
     row = table[table["variant"] == "with contrast"].iloc[0]
