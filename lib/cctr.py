@@ -55,7 +55,15 @@ def taught_loss(logits, teacher, pooled):
 
 
 def cross_teaching_loss(first, second, pooled):
-    """Each network taught by the other on the same images; P2, cross teaching."""
+    """Each network taught by the other on the same unlabelled images; P2, cross teaching.
+
+    Args:
+        first, second: logits of the two, background first, ``(batch, classes + 1, height, width)``.
+        pooled: see ``losses.soft_dice_loss``.
+
+    Returns:
+        Scalar: the sum of ``taught_loss`` both ways.
+    """
     return taught_loss(first, second, pooled) + taught_loss(second, first, pooled)
 
 

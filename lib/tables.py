@@ -310,8 +310,8 @@ def ablation(per_image, rounds):
                 score = lambda name, of: chosen.loc[chosen["method"] == name, of].mean()
                 row = {"cohort": cohort, "recipe": recipe, "rate": rate, "method": method,
                        "variant": variant or "as it stands", "class": label, "seeds": len(seeds),
-                       "fs dsc": score("fs", "dsc"),
-                       "dsc": score(method, "dsc"), "hd": score(method, "hd"), "companion": companion,
+                       "fs dsc": score("fs", "dsc"), "dsc": score(method, "dsc"), "hd": score(method, "hd"),
+                       "companion": companion,
                        "companion dsc": score(companion, "dsc"), "companion hd": score(companion, "hd"),
                        "difference": np.nan, "p": np.nan}
                 whole = own[(own["variant"] == "") & own["seed"].isin(seeds)]
@@ -343,7 +343,8 @@ def ablation_markdown(table):
     for _, row in table[(table["class"] == "mean") | several].iterrows():
         rows.append({
             "cohort": row["cohort"], "rate": f"{row['rate']:g} %", "method": row["method"], "variant": row["variant"],
-            **({"class": row["class"]} if several else {}), "seeds": row["seeds"], "validation DSC": figure(row["validation dsc"], 3),
+            **({"class": row["class"]} if several else {}), "seeds": row["seeds"],
+            "validation DSC": figure(row["validation dsc"], 3),
             "fs DSC": figure(row["fs dsc"], 3), "DSC": figure(row["dsc"], 3), "HD (px)": figure(row["hd"], 2),
             "combined+ or cctr-b: DSC": figure(row["companion dsc"], 3), "HD": figure(row["companion hd"], 2),
             "difference of DSC": "" if pd.isna(row["difference"]) else f"{row['difference']:+.4f}",

@@ -10,4 +10,4 @@ JOINT_PLUS = "refinement"
 CCTR = "aligned volumes"
 VOLUMES = "labels by share"  # what differs where images are slices of volumes
 EVALUATION = "first"  # scores, and the random draws of the masks that are tested
-VOLUME_EVALUATION = "confidence of marked pixels"
+VOLUME_EVALUATION = "confidence of marked pixels"  # the same of volumes
