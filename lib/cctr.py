@@ -85,7 +85,7 @@ def load_cctr(experiment):
 
 
 def train_cctr(experiment, correspondence):
-    """Train both networks (P2, section 3), each of which ends with the weights that were its best on validation images.
+    """Train both networks (P2), each of which ends with the weights that were its best on validation images.
 
     Args:
         experiment: Experiment.

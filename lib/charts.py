@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import Image, display
+from matplotlib.ticker import ScalarFormatter
 
 from lib.calibration import pool
 
@@ -59,8 +60,10 @@ def round_curves(measured):
     """Per round: DSC of both networks and the soft pseudo-masks, mean confidence and folding.
 
     Args:
-        measured: rows of rounds.csv; one column of panels per recipe and stage.
+        measured: rows of rounds.csv, of which those without registration, CCT-R's, are left out; one column of
+            panels per recipe and stage.
     """
+    measured = measured[measured["dsc_registration"].notna()]
     groups = list(measured.groupby(["recipe", "stage"], sort=False))
     figure, axes = plt.subplots(2, len(groups), figsize=(4.6 * len(groups), 6), squeeze=False, sharex="col")
     colour = {"segmentation": "joint+", "registration": "registration+", "pseudo_masks": "combined+"}
@@ -101,9 +104,11 @@ def score_boxes(per_image):
             for box, method in zip(boxes["boxes"], methods):
                 box.set_facecolor(METHOD_COLOURS[method])
             ax.tick_params(axis="x", labelrotation=90)
-        column[0].set_title(f"{cohort}\nrecipe {recipe}", fontsize=9)
+        column[0].set_title(f"{cohort}\nrecipe {recipe}, {rows['n_labelled'].iloc[0]} labelled", fontsize=9)
     for ax, label in zip(axes[:, 0], ("DSC", "HD (pixels)")):
         ax.set_ylabel(label)
+    axes[1, 0].set_yscale("symlog", linthresh=1, subs=range(2, 10))  # a few masks are far off, most within pixels
+    axes[1, 0].yaxis.set_major_formatter(ScalarFormatter())
     figure.tight_layout()
     return figure
 
@@ -114,7 +119,8 @@ def label_efficiency(table1, counted="images"):
     Args:
         counted: what ``n_labelled`` counts: images, or patients.
     """
-    table = table1[(table1["class"] == "mean") & ~table1["cohort"].str.contains("unseen")]
+    table = table1[(table1["class"] == "mean") & ~table1["cohort"].str.contains("unseen")
+                   & table1["method"].isin(METHOD_COLOURS.keys())]
     recipes = [recipe for recipe in table["recipe"].unique() if recipe != "-"]
     size = (5 * len(recipes), 7)
     figure, axes = plt.subplots(2, len(recipes), figsize=size, squeeze=False, sharey="row", sharex=True)
@@ -133,8 +139,9 @@ def label_efficiency(table1, counted="images"):
         column[1].set(ylabel="HD (pixels)", xlabel=f"labelled {counted}")
         column[1].set_xticks(ticks, [str(n) for n in ticks])
         column[1].minorticks_off()
-        column[0].legend(fontsize=7, ncols=2)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, fontsize=8)
     return figure
 
 

@@ -17,7 +17,10 @@ def best_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise DataError(f"device '{name}' is asked for in params.yaml, but torch sees no GPU: set device: auto")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise DataError(f"device '{name}' in params.yaml is not one of auto, cpu, cuda") from None
 
 
 def has_bfloat16(device):

@@ -1,5 +1,6 @@
 """Pixel contrast (P2): features are drawn to those of their class and of corresponding pixels, and from all others."""
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,7 +48,7 @@ def pixel_contrast(features, labels, confidence, classes, options, generator, co
     """The contrastive loss over the pixels of a batch.
 
     Anchors of a class are pixels that are given to it with high confidence; their positive key is their mean, their
-    negatives are confident pixels of the other classes, of each as many. Counterparts are further positives.
+    negatives are confident pixels of the other classes, of each at most as many. Counterparts are further positives.
 
     Args:
         features: ``(pixels, dimension)`` of unit length.
@@ -102,6 +103,26 @@ def describe(logits, masks, half, stride):
     certain = torch.maximum(true.amax(1), 1 - true.sum(1))
     confidence[:half] = certain
     return labels.flatten(), confidence.flatten()
+
+
+def eligible(masks, classes, options):
+    """How many features of labelled images are confident enough for anchors and negatives.
+
+    Args:
+        masks: ``(images, classes, height, width)``, the true ones.
+        classes: names, background first.
+        options: section ``cctr``: stride, threshold.
+
+    Returns:
+        pandas.DataFrame, one row per class: ``features`` that are given to it, the ``share`` that is confident, and how
+        many of those an image has (``per_image``).
+    """
+    unused = masks.new_zeros(len(masks), len(classes), *masks.shape[2:])  # logits, where masks speak
+    labels, confidence = describe(unused, masks, len(masks), options.stride)
+    counts = [((labels == value).sum(), ((labels == value) & (confidence > options.threshold)).sum())
+              for value in range(len(classes))]
+    return pd.DataFrame([{"class": name, "features": int(all_of), "share": float(sure / all_of.clamp(min=1)),
+                          "per_image": float(sure / len(masks))} for name, (all_of, sure) in zip(classes, counts)])
 
 
 class Bank(nn.Module):

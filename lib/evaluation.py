@@ -164,7 +164,7 @@ def predict(experiment, index):
             masks[number] = fuse(made, kept.get("weight", 0.5))
         for method, field in (("registration", "registration"), ("joint", "plain"), ("combined", "soft")):
             found[method + ending] = chosen[method], getattr(masks[chosen[method]], field), seconds
-    if experiment.model_file("cctr").exists() and settings.recipe in settings.cctr.recipes:
+    if has_cctr(experiment):
         from lib.cctr import load_cctr  # MONAI's networks take seconds to import
 
         networks = load_cctr(experiment)
@@ -251,17 +251,48 @@ def evaluate_classical(experiment):
 def rounds(experiment):
     """What was measured after every round of joint and joint+, one row per stage, round and split.
 
-    ``best_for`` names the methods that are tested with that round.
+    Of CCT-R at every look at its networks: ``round`` is the step, stage ``cctr`` the U-Net and ``cctr-b`` the Swin
+    transformer, and unlabelled images are those of ``cctr.watched_slices``. ``best_for`` names the methods that are
+    tested with that round.
     """
     frames, settings = [], experiment.settings
     for stage, ending in trained_families(experiment):
         measured = load_measured(experiment, stage)
         best = best_rounds(measured)
         named = measured["round"].map(lambda n: " ".join(m + ending for m, chosen in best.items() if chosen == n))
-        head = {"cohort": experiment.cohort.title, "recipe": settings.recipe, "rate": settings.rate,
-                "seed": settings.seed, "variant": settings.variant, "stage": "joint" + ending}
-        frames.append(measured.assign(best_for=named, **head)[[*head, *measured.columns, "best_for"]])
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+        frames.append(measured.assign(stage="joint" + ending, best_for=named))
+    if has_cctr(experiment):
+        frames.append(cctr_rounds(experiment))
+    if not frames:
+        return pd.DataFrame()
+    head = {"cohort": experiment.cohort.title, "recipe": settings.recipe, "rate": settings.rate,
+            "seed": settings.seed, "variant": settings.variant}
+    together = pd.concat(frames, ignore_index=True).assign(**head)
+    first = [*head, "stage"]
+    return together[[*first, *(c for c in together.columns if c not in (*first, "best_for")), "best_for"]]
+
+
+def has_cctr(experiment):
+    """Whether CCT-R has been trained, and is part of this run."""
+    return experiment.model_file("cctr").exists() and experiment.settings.recipe in experiment.settings.cctr.recipes
+
+
+def cctr_rounds(experiment):
+    """``rounds`` of CCT-R: the DSC of both networks on validation images, and of their pseudo-labels on unlabelled ones."""
+    from lib.cctr import watched_slices  # MONAI's networks take seconds to import
+
+    watched = load_saved(experiment.model_file("cctr"), "cpu")["watched"]
+    history = pd.read_csv(experiment.folder("cctr") / "history.csv")
+    rows = []
+    for number, (stage, column) in enumerate((("cctr", "validation"), ("cctr-b", "validation second"))):
+        validation = history[column].dropna().tolist()
+        best = max(range(len(validation)), key=lambda k: (validation[k], k))  # fit keeps the later of equals
+        for k, (step, seen) in enumerate(watched):
+            row = {"round": step, "stage": stage, "best_for": stage if k == best else ""}
+            rows += [{**row, "split": "validation", "n": len(experiment.data.validation), "dsc_segmentation": validation[k]},
+                     {**row, "split": "unlabelled", "n": len(watched_slices(experiment)),
+                      "dsc_segmentation": float(seen["dsc"][number])}]
+    return pd.DataFrame(rows)
 
 
 def save_watched(file, watched, count=5):

@@ -6,7 +6,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("paper", "strong")
@@ -16,7 +16,10 @@ CHOICES = {
     "recipe": RECIPES,
     "baseline": RECIPES,
     "scale": ("smoke", "cpu", "paper"),
+    "precision": ("auto", "bfloat16", "float32"),
 }
+SMALLEST = 16  # pixels, the side of slices in which there is anything to see after four halvings
+MIXED = ("slices",)  # settings that may be a word or a list
 
 
 class Section(dict):
@@ -43,8 +46,18 @@ def section(tree):
 
 
 def parse(text):
-    """A value as params.yaml would have it: number, word, list or dictionary."""
-    return section(YAML(typ="safe").load(text))
+    """A value as params.yaml would have it: number, word, list or dictionary. What is no YAML is a word."""
+    try:
+        return section(YAML(typ="safe").load(text))
+    except YAMLError:  # such as {case}_seg, which reads like the beginning of a dictionary
+        return text
+
+
+def same_kind(value, default):
+    """Whether ``value`` may stand where ``default`` does: a number for a number, a list for a list, and so on."""
+    kinds = bool, (int, float), str, list, dict
+    kind = lambda each: next((number for number, types in enumerate(kinds) if isinstance(each, types)), None)
+    return default is None or kind(value) == kind(default)
 
 
 def merge(base, changes, where="params.yaml", new_keys=False):
@@ -53,6 +66,8 @@ def merge(base, changes, where="params.yaml", new_keys=False):
     for key, value in changes.items():
         if key not in base and not new_keys:
             raise ValueError(f"'{key}' is not a setting of {where}, which has {', '.join(base)}")
+        if not new_keys and key not in MIXED and not same_kind(value, base[key]):
+            raise ValueError(f"{key} '{value}' is not of the kind that {where} has, as in {key}: {json.dumps(base[key])}")
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = merge(base[key], value, f"{where}: {key}", new_keys) if both else value
     return merged
@@ -76,7 +91,7 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         variant changes holds its values.
 
     Raises:
-        ValueError: an unknown cohort, recipe, scale, variant or setting.
+        ValueError: an unknown cohort, recipe, scale, variant or setting, or a value of another kind than the file's.
     """
     tree = section(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
     for assignment in [*filter(None, os.environ.get("JOINT_SET", "").split(",")), *changes]:
@@ -97,6 +112,10 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         raise ValueError("rate 100 in params.yaml leaves nothing unlabelled: put it under grid.rates, where fs alone runs")
     if not 0 < tree.rate <= 100:
         raise ValueError(f"rate {tree.rate} in params.yaml is not a percentage between 0 and 100")
+    if tree.folder.axis not in (0, 1, 2):
+        raise ValueError(f"folder.axis {tree.folder.axis} in params.yaml is not one of 0, 1, 2")
+    if tree.folder.size < SMALLEST:
+        raise ValueError(f"folder.size {tree.folder.size} in params.yaml is less than {SMALLEST} pixels")
     for name, budget in tree.pop("scales")[tree.scale].items():
         tree[name] = merge(tree.get(name, {}), budget, new_keys=True)
         by_recipe = {recipe: tree[name].pop(recipe, {}) for recipe in RECIPES}

@@ -14,7 +14,7 @@ from lib.evaluation import dice
 from lib.experiment import Experiment, cohort_file
 from lib.folder import find_cases, nifti_files, read_grid, read_scan
 from lib.own import fold_settings
-from lib.plots import OTHER, draw, outline
+from lib.plots import OTHER, draw
 from lib.viewer import Viewer, experiment_layers
 from lib.volumes import scaled
 

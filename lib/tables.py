@@ -1,5 +1,7 @@
 """Tables: Table 1 with its statistics, the paper's figures beside ours, the ablation, calibration."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 
@@ -11,9 +13,12 @@ METHODS = ("fs", "mt", "registration", "joint", "combined", "registration+", "jo
 GROUP = ["cohort", "recipe", "method", "class", "rate", "n_labelled"]
 SCORES = ("dsc", "hd", "hd95")
 PAIRS = [*((method, "fs") for method in METHODS[1:]), ("combined", "mt"), ("combined+", "mt"),
-         ("combined+", "joint+"), ("combined+", "registration+"), ("cctr", "joint+")]
+         ("combined+", "joint+"), ("combined+", "registration+"),
+         *(("cctr", method) for method in ("mt", "joint", "combined", "joint+", "cctr-b"))]
 WITH_ROUNDS = {"registration", "joint", "combined", "registration+", "joint+", "combined+"}
 ABLATED = {"joint+": "combined+", "cctr": "cctr-b"}  # methods with variants, and what each brings along
+
+TABULATED = ("cctr", "cctr-b")  # methods whose variants stand in Table 1 as well
 
 KEYS = ["cohort", "recipe", "rate", "seed", "variant"]
 ROUNDS = [*KEYS, "stage", "round", "split", "n", "dsc_segmentation", "dsc_registration", "dsc_pseudo_masks",
@@ -33,6 +38,7 @@ PAPER = {
 }
 
 # Published mean DSC over classes and the 20 test patients, by cohort and labelled patients; 256 x 256, full schedules.
+AUTHORS = "its authors'"
 PUBLISHED = {"ACDC": {3: {"PS-MT": 0.8694, "BCP": 0.8759, "UniMatch": 0.8761}}}
 
 
@@ -63,8 +69,7 @@ def collect(settings):
         kept = [frame[[late[key] == number for key in frame[owner(frame)].itertuples(index=False)]]
                 for number, frame in enumerate(frames)]
         found.append(pd.concat(kept, ignore_index=True))
-    if "weight" not in found[2]:
-        found[2]["weight"] = np.nan
+    found[2] = found[2].reindex(columns=list(dict.fromkeys([*ROUNDS, *REGISTRATION])))
     return found
 
 
@@ -97,6 +102,13 @@ def average_classes(per_image):
     return pd.concat([means.assign(**{"class": "mean"}), per_image], ignore_index=True)[per_image.columns]
 
 
+def with_variants(per_image):
+    """Rows without a variant, and those of TABULATED with one, whose method is then named after both."""
+    chosen = per_image[(per_image["variant"] == "") | per_image["method"].isin(TABULATED)]
+    named = chosen["method"] + ", " + chosen["variant"]
+    return chosen.assign(method=chosen["method"].where(chosen["variant"] == "", named))
+
+
 def in_order(table):
     """Rows by cohort, recipe, rate, class and method, as a reader expects them."""
     rank = {name: number for number, name in enumerate([*RECIPES, *METHODS])}
@@ -114,14 +126,14 @@ def compare(per_image):
     classical = per_image["method"] == "classical"
     recipes = per_image.loc[~classical, "recipe"].unique()
     copies = [per_image[classical].assign(recipe=recipe) for recipe in recipes]
-    return statistics.compare(pd.concat([per_image[~classical], *copies]), PAIRS)
+    return statistics.compare(pd.concat([per_image[~classical], *copies]), PAIRS, SCORES)
 
 
 def table1(per_image, comparisons):
     """Table 1: mean and standard deviation over test images, of every seed and over all seeds.
 
     Args:
-        per_image: rows of average_classes, without variants.
+        per_image: rows of average_classes, without variants but those of ``with_variants``.
         comparisons: of ``compare``.
 
     Returns:
@@ -166,6 +178,16 @@ def table1(per_image, comparisons):
     return in_order(whole[[*ordered, *(c for c in whole.columns if c not in ordered)]])
 
 
+def with_published(table):
+    """Table 1 with published figures from the same test patients, in rows and a column ``dsc_published`` of their own."""
+    rows = [{"cohort": cohort, "method": method, "recipe": AUTHORS, "class": "mean", "rate": rate, "n_labelled": labelled,
+             "seed": "all", "dsc_published": dsc}
+            for cohort, rate, labelled in table[["cohort", "rate", "n_labelled"]].drop_duplicates().itertuples(index=False)
+            for method, dsc in PUBLISHED.get(cohort, {}).get(labelled, {}).items()]
+    counts = dict.fromkeys(("n_seeds", "n_test", "n_empty"), "Int64")  # which published figures have not
+    return pd.concat([table, pd.DataFrame(rows)], ignore_index=True).astype(counts) if rows else table
+
+
 def intervals(per_image):
     """95 % bootstrap intervals of the mean DSC over subjects, of class ``mean``."""
     rows = []
@@ -179,8 +201,10 @@ def intervals(per_image):
 
 
 def spread(row, name, digits):
-    """``mean ± sd`` of a row of Table 1; the mean alone where there is one value."""
+    """``mean ± sd`` of a row of Table 1; the mean alone where there is one value, nothing where there is none."""
     mean, sd = row[name + "_mean"], row[name + "_sd"]
+    if pd.isna(mean):
+        return ""
     return f"{mean:.{digits}f}" if pd.isna(sd) else f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
@@ -196,19 +220,47 @@ def markdown(table):
     """
     table = table[table["seed"].astype(str) == "all"]
     several = table.groupby("cohort")["class"].transform("nunique") > 2
+    published = "dsc_published" in table
+    table = table.fillna({"star": "", "star_hd": "", "rounds": ""})
+    whole = lambda number: "" if pd.isna(number) else int(number)
     rows = []
     for _, row in table[(table["class"] == "mean") | several].iterrows():
         rows.append({
             "cohort": row["cohort"], "labelled": f"{row['n_labelled']} ({row['rate']:g} %)", "recipe": row["recipe"],
             "method": row["method"], **({"class": row["class"]} if several.any() else {}),
-            "seeds": row["n_seeds"], "n": row["n_test"], "DSC": spread(row, "dsc", 3) + (" " + row["star"]).rstrip(),
+            "seeds": whole(row["n_seeds"]), "n": whole(row["n_test"]),
+            "DSC": spread(row, "dsc", 3) + (" " + row["star"]).rstrip(),
+            **({"DSC, published": "" if pd.isna(row["dsc_published"]) else f"{row['dsc_published']:.3f}"} if published else {}),
             "sd of seeds": "" if pd.isna(row["dsc_seed_sd"]) else f"{row['dsc_seed_sd']:.3f}",
             "HD (px)": spread(row, "hd", 2) + (" " + row["star_hd"]).rstrip(),
-            "HD95 (px)": spread(row, "hd95", 2), "empty": row["n_empty"],
+            "HD95 (px)": spread(row, "hd95", 2), "empty": whole(row["n_empty"]),
             "round": row["rounds"] if row["method"] in WITH_ROUNDS else "",
             "p against fs: DSC": p_value(row["p_fs_holm"]), "HD": p_value(row["p_fs_holm_hd"]),
         })
     return as_markdown(rows)
+
+
+def summary(table):
+    """Table 1 at a glance, as Markdown: mean DSC and, in brackets, HD of every recipe and method against the labels.
+
+    Args:
+        table: of ``with_published``.
+    """
+    table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean")]
+    cell = lambda row: (f"{row['dsc_mean']:.3f} ({row['hd_mean']:.2f})" if pd.notna(row["dsc_mean"])
+                        else f"{row['dsc_published']:.3f}")
+    rows = {}
+    for _, row in table.sort_values(["n_labelled"], kind="stable").iterrows():
+        key = row["cohort"], row["recipe"], row["method"]
+        rows.setdefault(key, {})[f"{row['n_labelled']} ({row['rate']:g} %)"] = cell(row)
+    order = table.drop_duplicates(["cohort", "recipe", "method"])[["cohort", "recipe", "method"]]
+    columns = dict.fromkeys(label for found in rows.values() for label in found)
+    columns = sorted(columns, key=lambda label: int(label.split()[0]))
+    several = table["cohort"].nunique() > 1
+    listed = [{"DSC (HD in pixels)": method, "recipe": recipe, **({"cohort": cohort} if several else {}),
+               **{label: rows[cohort, recipe, method].get(label, "") for label in columns}}
+              for cohort, recipe, method in order.itertuples(index=False)]
+    return as_markdown(listed)
 
 
 def p_value(p):
@@ -245,7 +297,6 @@ def in_words(comparisons):
 
 def beside_the_published(table):
     """Our mean DSC beside published figures from the same test patients: one row per method and labelled patients."""
-    table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean")]
     rows = []
     for (cohort, labelled), group in table.groupby(["cohort", "n_labelled"], sort=False):
         head = {"cohort": cohort, "labelled patients": labelled}
@@ -253,7 +304,7 @@ def beside_the_published(table):
             rows.append({**head, "method": row["method"], "recipe": row["recipe"], "seeds": row["n_seeds"],
                          "DSC, here": f"{row['dsc_mean']:.3f}", "DSC, published": ""})
         for name, dsc in PUBLISHED[cohort].get(labelled, {}).items():
-            rows.append({**head, "method": name, "recipe": "its authors'", "seeds": "", "DSC, here": "",
+            rows.append({**head, "method": name, "recipe": AUTHORS, "seeds": "", "DSC, here": "",
                          "DSC, published": f"{dsc:.3f}"})
     return as_markdown(rows)
 
@@ -263,7 +314,7 @@ def beside_the_paper(table):
 
     Where there are published figures from the same data, it stands beside those instead.
     """
-    table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean")]
+    table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean") & table["dsc_mean"].notna()]
     ours = table[~table["cohort"].str.contains("unseen")]
     if set(ours["cohort"]) <= set(PUBLISHED):
         return beside_the_published(ours)
@@ -294,9 +345,9 @@ def ablation(per_image, rounds):
     Returns:
         pandas.DataFrame, one row per variant and class, and one of the whole method: DSC and HD on the test images
         of the method and of its companion (combined+, or CCT-R's second network), DSC of fs (that of the same
-        labelled images), the difference of the method's DSC from the whole one with, of class ``mean``, its p
-        (Wilcoxon over subjects) and p_holm, corrected over the variants of the same method and rate, and the best
-        validation DSC of joint+'s rounds.
+        labelled images), the differences of DSC and HD, of method and companion, from those of the whole method with,
+        of class ``mean``, their p (Wilcoxon over subjects) and p_holm, corrected over the variants of the same method
+        and rate, and the best validation DSC, of joint+'s rounds or as CCT-R was trained.
     """
     test = per_image[~per_image["cohort"].str.contains("unseen")]
     rows = []
@@ -312,14 +363,10 @@ def ablation(per_image, rounds):
                        "variant": variant or "as it stands", "class": label, "seeds": len(seeds),
                        "fs dsc": score("fs", "dsc"), "dsc": score(method, "dsc"), "hd": score(method, "hd"),
                        "companion": companion,
-                       "companion dsc": score(companion, "dsc"), "companion hd": score(companion, "hd"),
-                       "difference": np.nan, "p": np.nan}
-                whole = own[(own["variant"] == "") & own["seed"].isin(seeds)]
-                if variant and len(whole):
-                    both = [statistics.per_subject(frame, "dsc")[method]
-                            for frame in (chosen[chosen["method"] == method], whole)]
-                    row["difference"] = float((both[0] - both[1]).mean())
-                    row["p"] = statistics.wilcoxon(*both)[0] if label == "mean" else np.nan
+                       "companion dsc": score(companion, "dsc"), "companion hd": score(companion, "hd")}
+                whole = group[(group["variant"] == "") & group["seed"].isin(seeds)]
+                for (prefix, name), metric in itertools.product((("", method), ("companion ", companion)), ("dsc", "hd")):
+                    row |= changed(chosen, whole, name, metric, f"{prefix}{'hd ' * (metric == 'hd')}", variant, label)
                 measured = rounds[(rounds["variant"] == variant) & (rounds["stage"] == method)
                                   & (rounds["rate"] == rate) & (rounds["recipe"] == recipe)
                                   & (rounds["split"] == "validation") & rounds["seed"].isin(seeds)]
@@ -329,8 +376,20 @@ def ablation(per_image, rounds):
     if not rows:
         return pd.DataFrame(columns=["cohort", "recipe", "rate", "method", "variant", "class", "seeds"])
     table = pd.DataFrame(rows)
-    table["p_holm"] = table.groupby(["cohort", "recipe", "rate", "method"])["p"].transform(statistics.holm)
+    for column in [column for column in table if column.endswith(" p") or column == "p"]:
+        corrected = table.groupby(["cohort", "recipe", "rate", "method"])[column].transform(statistics.holm)
+        table[f"{column}_holm"] = corrected
     return table
+
+
+def changed(chosen, whole, method, metric, prefix, variant, label):
+    """By how much a variant (rows ``chosen``) differs from the whole method, with p: columns of the ablation."""
+    found = {f"{prefix}difference": np.nan, f"{prefix}p": np.nan}
+    if variant and method in set(chosen["method"]) & set(whole["method"]):
+        both = [statistics.per_subject(frame, metric)[method] for frame in (chosen, whole)]
+        found[f"{prefix}difference"] = float((both[0] - both[1]).mean())
+        found[f"{prefix}p"] = statistics.wilcoxon(*both)[0] if label == "mean" else np.nan
+    return found
 
 
 def ablation_markdown(table):
@@ -346,9 +405,10 @@ def ablation_markdown(table):
             **({"class": row["class"]} if several else {}), "seeds": row["seeds"],
             "validation DSC": figure(row["validation dsc"], 3),
             "fs DSC": figure(row["fs dsc"], 3), "DSC": figure(row["dsc"], 3), "HD (px)": figure(row["hd"], 2),
-            "combined+ or cctr-b: DSC": figure(row["companion dsc"], 3), "HD": figure(row["companion hd"], 2),
             "difference of DSC": "" if pd.isna(row["difference"]) else f"{row['difference']:+.4f}",
-            "p": p_value(row["p_holm"]),
+            "p": p_value(row["p_holm"]), "p of HD": p_value(row["hd p_holm"]),
+            "combined+ or cctr-b: DSC": figure(row["companion dsc"], 3), "HD": figure(row["companion hd"], 2),
+            "its p": p_value(row["companion p_holm"]), "its p of HD": p_value(row["companion hd p_holm"]),
         })
     return as_markdown(rows)
 
@@ -372,7 +432,8 @@ def calibrated(per_image, bins):
 def metrics(table):
     """Nested figures for `dvc metrics`: cohort, recipe, rate, method, then dsc, hd and hd95, of class ``mean``."""
     tree = {}
-    for _, row in table[(table["class"] == "mean") & (table["seed"].astype(str) == "all")].iterrows():
+    ours = table[(table["class"] == "mean") & (table["seed"].astype(str) == "all") & table["dsc_mean"].notna()]
+    for _, row in ours.iterrows():
         leaf = tree.setdefault(row["cohort"], {}).setdefault(row["recipe"], {}).setdefault(f"{row['rate']:g} %", {})
         leaf[row["method"]] = {name: round(float(row[f"{name}_mean"]), 6) for name in SCORES}
     return tree

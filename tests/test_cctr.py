@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import alignment, cctr, correspondence, learners, losses, params, warping
-from lib.evaluation import evaluate, evaluate_classical
+from lib import alignment, cctr, charts, correspondence, learners, losses, params, warping
+from lib.evaluation import evaluate, evaluate_classical, rounds
 from lib.experiment import Experiment, cohort_file
 from lib.models import ResidualUNet
 from lib.params import work_folder
@@ -111,6 +111,39 @@ def test_labels_come_from_the_volume_that_is_most_similar_where_it_is_labelled(t
     assert before["mean"] == pytest.approx(before[["a", "b", "c"]].mean())
 
 
+def test_the_choice_of_the_volume_can_be_left_to_chance_and_its_worth_is_reported(trial, monkeypatch):
+    experiment, registered, _ = trial
+    scores = correspondence.registration_scores(experiment, registered)
+    worst, best = scores.loc["any volume"], scores.loc["best by true masks"]
+    assert worst["mean"] <= best["mean"] and scores.loc["warped labels", "mean"] <= best["mean"] + 0.02
+    assert scores.loc["no counterpart", ["a", "b", "c"]].between(0, 1).all()
+    monkeypatch.setitem(experiment.settings.cctr, "align", False)
+    chosen = {}
+    for selection, seed in (("best", 1), ("random", 1), ("random", 2), ("random", 3), ("random", 4)):
+        monkeypatch.setitem(experiment.settings.cctr, "selection", selection)
+        monkeypatch.setitem(experiment.settings, "seed", seed)
+        found = correspondence.register_labelled(experiment, Still())
+        of = experiment.cohort.volumes[experiment.data.unlabelled]
+        volumes = experiment.cohort.volumes[experiment.data.labelled[found.sources]]
+        assert all(len(set(volumes[of == name])) == 1 for name in set(of))  # one labelled volume for a whole volume
+        assert torch.equal(found.partners, registered.partners)
+        chosen[selection, seed] = tuple(found.sources.tolist())
+    assert len({chosen["random", seed] for seed in (1, 2, 3, 4)}) > 1
+    monkeypatch.setitem(experiment.settings.cctr, "selection", "worst")
+    with pytest.raises(ValueError, match="'worst' in params.yaml is not one of best, random"):
+        correspondence.register_labelled(experiment, Still())
+
+
+def test_coarse_fields_are_those_that_the_places_came_from():
+    height = 32
+    grid = warping.pixel_grid(height, height, "cpu")
+    field = 0.1 * (grid - (height - 1) / 2) + torch.tensor([2.0, -1.0]).reshape(1, 2, 1, 1)
+    places = F.avg_pool2d(grid + field, 4)
+    (found,) = correspondence.coarse_fields(places[:, None], (height, height))
+    inside = (..., slice(2, -2), slice(2, -2))
+    assert torch.allclose(found[inside], field[inside], atol=1e-4)
+
+
 def test_a_known_displacement_is_found_in_labels_and_places(trial, monkeypatch):
     """Aligning enlarges by a tenth and the network shifts by (2, -1): the labels go through both, in that order."""
     experiment = trial[0]
@@ -177,7 +210,34 @@ def test_pseudo_labels_are_watched_over_the_training(trial):
     assert found.watched[-1][1]["masks"].shape == (2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("variant", ["cross teaching alone", "with contrast", "with contrast and RSL"])
+def test_both_networks_are_measured_at_every_look_and_the_tested_one_is_named(trial):
+    experiment, _, (_, found) = trial
+    charts.thin(found.history).to_csv(experiment.folder("cctr") / "history.csv", index=False)
+    measured = rounds(experiment)
+    assert set(measured["stage"]) == {"cctr", "cctr-b"}
+    for number, (stage, column) in enumerate((("cctr", "validation"), ("cctr-b", "validation second"))):
+        own = measured[measured["stage"] == stage]
+        validation, unlabelled = (own[own["split"] == split] for split in ("validation", "unlabelled"))
+        assert validation["round"].tolist() == unlabelled["round"].tolist() == [step for step, _ in found.watched]
+        assert validation["dsc_segmentation"].tolist() == found.history[column].dropna().tolist()
+        assert unlabelled["dsc_segmentation"].tolist() == [float(seen["dsc"][number]) for _, seen in found.watched]
+        (best,) = validation.loc[validation["best_for"] == stage, "dsc_segmentation"]
+        assert best == validation["dsc_segmentation"].max()
+
+
+def test_true_masks_of_unlabelled_and_test_images_train_nothing(trial, monkeypatch):
+    experiment, _, (networks, _) = trial
+    again = Experiment(experiment.settings)
+    hidden = torch.cat((again.data.unlabelled, again.data.as_index(again.cohort.index("test"))))
+    again.data.masks[hidden] = 1 - again.data.masks[hidden]
+    monkeypatch.setattr(cctr, "fingerprint", lambda *parts: "hidden masks")  # no checkpoint is to be taken up
+    other, _ = cctr.train_cctr(again, correspondence.stored_registration(again))
+    assert not torch.equal(again.data.masks, experiment.data.masks)
+    for mine, theirs in zip(networks.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("variant", ["labels alone", "cross teaching alone", "with contrast", "with contrast and RSL"])
 def test_every_part_can_be_switched_off(trial, variant):
     experiment, registered, _ = trial
     settings = params.load("strong", cohort="acdc", rate=50, seed=1, variant=variant)

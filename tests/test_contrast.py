@@ -48,6 +48,20 @@ def test_counterparts_in_every_volume_draw_and_unknown_ones_do_not():
     assert 0 < float(reps()) < unlike
 
 
+def test_the_true_mask_speaks_on_labelled_images_and_the_network_on_the_others():
+    masks = torch.zeros(1, 2, 8, 8)
+    masks[0, 0, :4], masks[0, 1, 4:, :2] = 1, 1  # the lower left block of 4 x 4 is half of class 2, half background
+    logits = torch.zeros(2, 3, 8, 8)
+    logits[0, 2], logits[1, 1] = 20, math.log(8)
+    labels, confidence = (part.reshape(2, 2, 2) for part in contrast.describe(logits, masks, 1, 4))
+    assert labels[0, 0].tolist() == [1, 1] and labels[0, 1, 1] == 0 and (labels[1] == 1).all()
+    assert confidence[0].tolist() == [[1, 1], [0.5, 1]]
+    assert torch.allclose(confidence[1], torch.full((2, 2), 0.8))
+    found = contrast.eligible(masks, ("background", "a", "b"), params.Section(stride=4, threshold=0.9)).set_index("class")
+    assert found["features"].tolist() == [2, 2, 0] and found["share"].tolist() == [0.5, 1, 0]
+    assert found.loc["a", "per_image"] == 2
+
+
 def test_only_confident_pixels_are_anchors_and_negatives():
     features = F.normalize(torch.randn(200, 8, generator=generator()), dim=1).requires_grad_()
     labels = torch.arange(200) % 3

@@ -14,12 +14,25 @@ def test_overrides_reach_the_setting(monkeypatch):
 @pytest.mark.parametrize(("assignment", "words"), [
     ("cohort=brain", "cohort 'brain'.*midbrain, hippocampus"), ("recipe=best", "recipe 'best'"),
     ("scale=huge", "scale 'huge'"), ("rate=0", "rate 0"), ("sed=1", "'sed' is not a setting"),
-    ("joint.rouns=1", "'joint' is not a setting|'rouns' is not a setting"),
+    ("joint.rouns=1", "'joint' is not a setting|'rouns' is not a setting"), ("rate=abc", "rate 'abc' is not of the kind"),
+    ("precision=half", "precision 'half'.*auto, bfloat16"), ("folder.size=big", "size 'big'.*as in size: 128"),
+    ("folder.size=0", "folder.size 0"), ("folder.axis=3", "folder.axis 3"), ("folder.review=high", "review 'high'"),
+    ("joint_plus.pairs=7", "pairs '7'"),
 ])
 def test_unknown_settings_and_values_are_errors(monkeypatch, assignment, words):
     monkeypatch.setenv("JOINT_SET", assignment)
     with pytest.raises(ValueError, match=words):
         params.load()
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("{case}_seg", "{case}_seg"), ("3", 3), ("1e-4", 1e-4), ("[1, 2]", [1, 2]), ("all", "all"), ("(sub-[0-9]+)", "(sub-[0-9]+)"),
+])
+def test_values_are_read_as_params_yaml_would_have_them(text, value):
+    assert params.parse(text) == value
+    assert params.load(changes=["folder.pattern={case}_seg"]).folder.pattern == "{case}_seg"
+    for slices, found in (("largest", "largest"), ("[2,5]", [2, 5])):
+        assert params.load(changes=[f"folder.slices={slices}"]).folder.slices == found
 
 
 @pytest.mark.parametrize("scale", params.CHOICES["scale"])

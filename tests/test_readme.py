@@ -6,7 +6,8 @@ import pytest
 from lib import params
 
 
-TABLES = [*sorted(f"{file.parent.name}/table1.md" for file in params.ROOT.glob("results/*/table1.md")),
+TABLES = [*sorted(f"{file.parent.name}/{file.name}" for name in ("table1", "summary")
+                  for file in params.ROOT.glob(f"results/*/{name}.md")),
           "hippocampus/ablation.md", "hippocampus/paper.md"]
 
 

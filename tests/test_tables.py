@@ -188,8 +188,47 @@ def test_variants_of_cctr_are_compared_with_cctr():
         "joint+": ["as it stands", "no pairs"], "cctr": ["as it stands", "with contrast"]}
     row = table[table["variant"] == "with contrast"].iloc[0]
     assert (row["dsc"], row["companion dsc"]) == pytest.approx((0.7, 0.6))
-    assert row["difference"] == pytest.approx(-0.2)
+    assert row["difference"] == pytest.approx(-0.2) and row["companion difference"] == pytest.approx(-0.2)
+    assert row["hd difference"] == pytest.approx(2) and row["companion hd difference"] == pytest.approx(2)
     assert "| with contrast" in tables.ablation_markdown(table)
+
+
+def test_the_companion_is_tested_by_itself():
+    scores = np.linspace(0.5, 0.7, 24)
+    per_image = tables.average_classes(pd.concat([
+        rows_of("strong", "cctr", scores), rows_of("strong", "cctr-b", scores),
+        rows_of("strong", "cctr", scores, variant="with contrast"),
+        rows_of("strong", "cctr-b", scores - 0.1 - scores / 10, variant="with contrast")], ignore_index=True))
+    rounds = pd.DataFrame(columns=["variant", "stage", "rate", "recipe", "split", "seed", "dsc_segmentation"])
+    row = tables.ablation(per_image, rounds).query("`class` == 'mean' and variant == 'with contrast'").iloc[0]
+    assert row["p"] == row["hd p"] == 1
+    assert row["companion p"] == row["companion hd p_holm"] == pytest.approx(2 / 2**12)
+
+
+def test_variants_of_cctr_and_published_figures_have_their_rows_in_table_1():
+    per_image = tables.average_classes(pd.concat([rows.assign(n_labelled=3) for rows in (
+        rows_of("strong", "fs", [0.6, 0.6], cohort="ACDC"), rows_of("strong", "cctr", [0.9, 0.9], cohort="ACDC"),
+        rows_of("strong", "joint+", [0.4, 0.4], variant="no pairs", cohort="ACDC"),
+        rows_of("strong", "cctr", [0.7, 0.7], variant="with contrast", cohort="ACDC"))], ignore_index=True))
+    comparisons = tables.compare(per_image[per_image["variant"] == ""])
+    assert set(comparisons["metric"]) == {"dsc", "hd", "hd95"}
+    table = tables.with_published(tables.table1(tables.with_variants(per_image), comparisons))
+    overall = table[(table["seed"] == "all") & (table["class"] == "mean")].set_index("method")
+    assert list(overall.index) == ["fs", "cctr", "cctr, with contrast", "PS-MT", "BCP", "UniMatch"]
+    assert overall["dsc_mean"].tolist()[:3] == pytest.approx([0.6, 0.9, 0.7]) and overall["dsc_mean"][3:].isna().all()
+    assert overall.loc["UniMatch", "dsc_published"] == 0.8761 and np.isnan(overall.loc["fs", "dsc_published"])
+    text = tables.markdown(table)
+    assert "| 0.876 " in text and "| cctr, with contrast |" in text
+    assert {"fs", "cctr", "cctr, with contrast"} == set(tables.metrics(table)["ACDC"]["strong"]["1 %"])
+    assert charts.label_efficiency(table, "patients").axes[0].get_lines()
+
+
+def test_the_summary_has_a_row_a_method_and_a_column_a_number_of_labels():
+    _, _, table = whole(rows_of("strong", "fs", [0.5, 0.7]), rows_of("strong", "fs", [0.7, 0.9], rate=10),
+                        rows_of("paper", "mt", [0.25, 0.25]))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.summary(table).splitlines()]
+    assert lines[0] == ["DSC (HD in pixels)", "recipe", "5 (1 %)", "50 (10 %)"]
+    assert lines[2:] == [["mt", "paper", "0.250 (7.50)", ""], ["fs", "strong", "0.600 (4.00)", "0.800 (2.00)"]]
 
 
 def test_low_confidence_marks_bad_masks_in_the_calibration_table():

@@ -79,6 +79,28 @@ def test_joint_rounds_measure_save_and_resume(trial):
     pd.testing.assert_frame_equal(first.history, again.history)
 
 
+def test_true_masks_of_unlabelled_and_test_images_train_nothing(trial, tmp_path, monkeypatch):
+    """Every method gives the same weights whatever those masks are; only what is measured of them changes."""
+    weights, measured = [], []
+    for name in ("as they are", "inverted"):
+        monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / name))
+        made_up_cohort().save(experiment.cohort_file(trial.settings))
+        own = experiment.Experiment(trial.settings)
+        if name == "inverted":
+            hidden = torch.cat((own.data.unlabelled, own.data.as_index(own.cohort.index("test"))))
+            own.data.masks[hidden] = 1 - own.data.masks[hidden]
+        segmentation, _ = training.pretrain_segmentation(own)
+        registration, _ = training.pretrain_registration(own)
+        teacher, *_ = mean_teacher.train_mean_teacher(own)
+        measured.append(rounds.joint_rounds(own).measured)
+        joint_plus.joint_plus_rounds(own)
+        last = [experiment.load_round(own, 1, stage) for stage in ("joint", "joint_plus")]
+        weights.append([segmentation, registration, teacher, *(network for networks, _ in last for network in networks)])
+    assert all(same_weights(*pair) for pair in zip(*weights, strict=True))
+    unlabelled = [frame[frame["split"] == "unlabelled"]["dsc_segmentation"].to_numpy() for frame in measured]
+    assert (np.abs(unlabelled[0] - unlabelled[1]) > 0.1).all()
+
+
 def test_several_classes_from_training_to_tables_by_every_method(trial):
     made_up_cohort(side=36, classes=("left", "right")).save(experiment.cohort_file(trial.settings))
     trial = experiment.Experiment(trial.settings)  # 36 pixels: not a multiple of 16
