@@ -131,14 +131,16 @@ def registration_scores(experiment, correspondence):
         slices with a class whose chosen labelled slice has none of it.
     """
     data, members = experiment.data, volume_numbers(experiment, experiment.data.unlabelled)
-    sources, targets, truth = data.labelled[correspondence.sources], data.images[data.unlabelled], data.masks[data.unlabelled]
+    targets, truth = data.images[data.unlabelled], data.masks[data.unlabelled]
+    sources = data.labelled[correspondence.sources]
     regions = region(data.masks[data.labelled], volume_numbers(experiment, data.labelled))[correspondence.sources]
     count = {"volumes": int(members.max()) + 1, "slices": len(targets)}
     unmoved = torch.zeros_like(correspondence.fields)
     rows = {}
 
     def add(name, scores, **others):
-        rows[name] = {**dict(zip(experiment.cohort.classes, scores.tolist())), "mean": float(scores.mean()), **others, **count}
+        by_class = dict(zip(experiment.cohort.classes, scores.tolist()))
+        rows[name] = {**by_class, "mean": float(scores.mean()), **others, **count}
 
     for name, fields in (("before registration", unmoved), ("warped labels", correspondence.fields)):
         similar = weighted_gncc(warp(data.images[sources], fields), targets, warp(regions, fields))

@@ -278,7 +278,7 @@ def has_cctr(experiment):
 
 
 def cctr_rounds(experiment):
-    """``rounds`` of CCT-R: the DSC of both networks on validation images, and of their pseudo-labels on unlabelled ones."""
+    """``rounds`` of CCT-R: DSC of both networks on the validation images, and of their pseudo-labels."""
     from lib.cctr import watched_slices  # MONAI's networks take seconds to import
 
     watched = load_saved(experiment.model_file("cctr"), "cpu")["watched"]
@@ -289,9 +289,9 @@ def cctr_rounds(experiment):
         best = max(range(len(validation)), key=lambda k: (validation[k], k))  # fit keeps the later of equals
         for k, (step, seen) in enumerate(watched):
             row = {"round": step, "stage": stage, "best_for": stage if k == best else ""}
-            rows += [{**row, "split": "validation", "n": len(experiment.data.validation), "dsc_segmentation": validation[k]},
-                     {**row, "split": "unlabelled", "n": len(watched_slices(experiment)),
-                      "dsc_segmentation": float(seen["dsc"][number])}]
+            on = {"validation": (len(experiment.data.validation), validation[k]),
+                  "unlabelled": (len(watched_slices(experiment)), float(seen["dsc"][number]))}
+            rows += [{**row, "split": split, "n": n, "dsc_segmentation": dsc} for split, (n, dsc) in on.items()]
     return pd.DataFrame(rows)
 
 

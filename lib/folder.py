@@ -79,7 +79,9 @@ def upright(axis):
 
 def name_of(file):
     """A file's name without .nii or .nii.gz; None where it has neither, or is one of a system's hidden files."""
-    return None if file.name.startswith(".") else next((file.name[: -len(ending)] for ending in ENDINGS if file.name.lower().endswith(ending)), None)
+    if file.name.startswith("."):
+        return None
+    return next((file.name[: -len(ending)] for ending in ENDINGS if file.name.lower().endswith(ending)), None)
 
 
 def nifti_files(folder, what):

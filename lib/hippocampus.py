@@ -9,6 +9,17 @@ from lib.params import ROOT, work_folder
 URL = "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task04_Hippocampus.tar"
 MD5 = "9d24dba78a72977dbd1d2e110310f31b"
 LABELS = {0: "background", 1: "anterior", 2: "posterior"}
+CASES = {f"hippocampus_{number}" for number in (  # 230 of the archive's 260: those that the results are from
+    "001 003 004 007 008 011 014 015 017 019 020 023 024 025 033 034 035 036 037 038 039 040 041 042 044 046 048 049 "
+    "050 052 053 056 057 058 060 065 067 068 070 074 075 077 083 084 087 088 089 090 091 092 093 094 095 096 097 099 "
+    "101 102 104 105 107 114 123 124 125 127 130 132 133 135 136 138 141 142 144 145 146 148 149 150 152 154 155 156 "
+    "157 158 160 161 162 163 164 165 166 169 170 171 172 173 174 175 176 177 180 181 184 185 188 189 190 193 194 195 "
+    "197 199 205 212 215 216 217 219 220 221 222 223 224 225 227 228 229 230 232 233 234 235 236 238 242 243 244 245 "
+    "248 249 250 251 252 253 257 259 260 261 264 265 268 269 274 276 277 279 280 286 287 288 289 292 294 295 296 297 "
+    "299 300 301 302 303 304 305 308 309 310 311 314 316 317 318 319 320 322 325 326 327 328 329 331 332 333 335 336 "
+    "337 338 340 341 343 349 351 352 354 355 356 358 359 360 361 366 367 368 370 372 373 374 375 376 378 380 381 383 "
+    "385 386 387 389 390 393"
+).split()}
 
 
 def find_folder(folder):
@@ -34,11 +45,15 @@ def find_folder(folder):
 
 
 def find_cases(folder):
-    """(name, image file, mask file) of every case, in the Decathlon's layout or with folders images and labels."""
+    """(name, image file, mask file) of every case, in the Decathlon's layout or with folders images and labels.
+
+    Of the official archive those of CASES, so that the split is the one that the results are from.
+    """
     for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
         if (folder / images).is_dir():
             files = sorted(f for f in (folder / images).glob("*.nii*") if not f.name.startswith("."))
-            return [(f.name.split(".")[0], f, folder / labels / f.name) for f in files]
+            found = [(f.name.split(".")[0], f, folder / labels / f.name) for f in files]
+            return [case for case in found if case[0] in CASES] if CASES <= {name for name, *_ in found} else found
     raise DataError(f"{folder} holds neither imagesTr/ and labelsTr/ nor images/ and labels/: is it the task's folder?")
 
 

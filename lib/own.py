@@ -347,8 +347,8 @@ def summary(rows, classes, review):
 
     What somebody has changed has been reviewed.
     """
-    columns = ["case", "status", "labelled", "slices", "of_slices", "unit", *classes, "confidence", "predicted_dsc", "predicted_low",
-               "predicted_high", "note"]
+    columns = ["case", "status", "labelled", "slices", "of_slices", "unit", *classes, "confidence", "predicted_dsc",
+               "predicted_low", "predicted_high", "note"]
     table = pd.DataFrame(rows).sort_values("case", ignore_index=True).reindex(columns=columns)
     doubtful = ~(table["predicted_dsc"] >= review) | (table[list(classes)].sum(axis=1) == 0)
     table.insert(2, "review", doubtful & (table["status"] != "kept"))
@@ -359,7 +359,8 @@ def trained(settings, store, intake, output):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
     others = "grid", "folder", "cctr", "baseline", *params.CHOICES["cohort"]
     relevant = {key: value for key, value in settings.items() if key not in others}
-    names = ("axis", "size", "slices", "subject", "symmetric", "unlabelled", "labelled", "degraded_views", "degradation", "licence")
+    names = ("axis", "size", "slices", "subject", "symmetric", "unlabelled", "labelled", "degraded_views",
+             "degradation", "licence")
     options = {name: settings.folder[name] for name in names}
     prints = [store.index[case.name]["fingerprint"] for case in intake.cases]
     key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, JOINT_PLUS,

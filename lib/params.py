@@ -67,7 +67,7 @@ def merge(base, changes, where="params.yaml", new_keys=False):
         if key not in base and not new_keys:
             raise ValueError(f"'{key}' is not a setting of {where}, which has {', '.join(base)}")
         if not new_keys and key not in MIXED and not same_kind(value, base[key]):
-            raise ValueError(f"{key} '{value}' is not of the kind that {where} has, as in {key}: {json.dumps(base[key])}")
+            raise ValueError(f"{key} '{value}' is not of the kind that {where} has: {key}: {json.dumps(base[key])}")
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = merge(base[key], value, f"{where}: {key}", new_keys) if both else value
     return merged

@@ -93,7 +93,8 @@ class Review:
             image, labels, confidence, _, aspect = self.volumes(name)
             at = int((labels > 0).sum(axis=(1, 2)).argmax())
             above, below = axes[2 * (k // columns) : 2 * (k // columns) + 2, k % columns]
-            draw(above, image[at], self.channels(labels[at]), f"{name}\npredicted DSC {row['predicted_dsc']:.2f}", colour=OTHER)
+            title = f"{name}\npredicted DSC {row['predicted_dsc']:.2f}"
+            draw(above, image[at], self.channels(labels[at]), title, colour=OTHER)
             draw(below, image[at], heat=2 * (1 - confidence[at]), title=f"mean confidence {row['confidence']:.2f}")
             for ax in (above, below):
                 ax.set_aspect(aspect)

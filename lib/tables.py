@@ -179,11 +179,11 @@ def table1(per_image, comparisons):
 
 
 def with_published(table):
-    """Table 1 with published figures from the same test patients, in rows and a column ``dsc_published`` of their own."""
-    rows = [{"cohort": cohort, "method": method, "recipe": AUTHORS, "class": "mean", "rate": rate, "n_labelled": labelled,
-             "seed": "all", "dsc_published": dsc}
-            for cohort, rate, labelled in table[["cohort", "rate", "n_labelled"]].drop_duplicates().itertuples(index=False)
-            for method, dsc in PUBLISHED.get(cohort, {}).get(labelled, {}).items()]
+    """Table 1 with published figures from the same test patients: rows of their own, and a column dsc_published."""
+    shared = table[["cohort", "rate", "n_labelled"]].drop_duplicates()
+    rows = [{**key, "method": method, "recipe": AUTHORS, "class": "mean", "seed": "all", "dsc_published": dsc}
+            for key in shared.to_dict("records")
+            for method, dsc in PUBLISHED.get(key["cohort"], {}).get(key["n_labelled"], {}).items()]
     counts = dict.fromkeys(("n_seeds", "n_test", "n_empty"), "Int64")  # which published figures have not
     return pd.concat([table, pd.DataFrame(rows)], ignore_index=True).astype(counts) if rows else table
 
@@ -208,6 +208,11 @@ def spread(row, name, digits):
     return f"{mean:.{digits}f}" if pd.isna(sd) else f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
+def figure(value, digits):
+    """A number for reading; nothing where there is none."""
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
 def as_markdown(rows):
     """Rows (dictionaries or a frame) as a Markdown table, cells as they are."""
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
@@ -230,7 +235,7 @@ def markdown(table):
             "method": row["method"], **({"class": row["class"]} if several.any() else {}),
             "seeds": whole(row["n_seeds"]), "n": whole(row["n_test"]),
             "DSC": spread(row, "dsc", 3) + (" " + row["star"]).rstrip(),
-            **({"DSC, published": "" if pd.isna(row["dsc_published"]) else f"{row['dsc_published']:.3f}"} if published else {}),
+            **({"DSC, published": figure(row["dsc_published"], 3)} if published else {}),
             "sd of seeds": "" if pd.isna(row["dsc_seed_sd"]) else f"{row['dsc_seed_sd']:.3f}",
             "HD (px)": spread(row, "hd", 2) + (" " + row["star_hd"]).rstrip(),
             "HD95 (px)": spread(row, "hd95", 2), "empty": whole(row["n_empty"]),
@@ -365,8 +370,10 @@ def ablation(per_image, rounds):
                        "companion": companion,
                        "companion dsc": score(companion, "dsc"), "companion hd": score(companion, "hd")}
                 whole = group[(group["variant"] == "") & group["seed"].isin(seeds)]
-                for (prefix, name), metric in itertools.product((("", method), ("companion ", companion)), ("dsc", "hd")):
-                    row |= changed(chosen, whole, name, metric, f"{prefix}{'hd ' * (metric == 'hd')}", variant, label)
+                both = ("", method), ("companion ", companion)
+                for (prefix, name), metric in itertools.product(both, ("dsc", "hd")):
+                    column = prefix + ("hd " if metric == "hd" else "")
+                    row |= changed(chosen, whole, name, metric, column, variant, label)
                 measured = rounds[(rounds["variant"] == variant) & (rounds["stage"] == method)
                                   & (rounds["rate"] == rate) & (rounds["recipe"] == recipe)
                                   & (rounds["split"] == "validation") & rounds["seed"].isin(seeds)]
@@ -397,7 +404,6 @@ def ablation_markdown(table):
     if not len(table):
         return "The ablation has not been run: `dvc exp run -S 'grid.variants=[no pairs]'`, see params.yaml.\n"
     several = table["class"].nunique() > 2
-    figure = lambda value, digits: "" if pd.isna(value) else f"{value:.{digits}f}"
     rows = []
     for _, row in table[(table["class"] == "mean") | several].iterrows():
         rows.append({

@@ -43,6 +43,16 @@ def test_hippocampus_slices_masks_subjects_and_split(task):
     data.check_split(cohort.subjects, cohort.split)
 
 
+def test_of_the_whole_archive_the_cases_of_the_results_are_taken(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
+    for name in [*hippocampus.CASES, "hippocampus_002"]:
+        (tmp_path / "imagesTr" / f"{name}.nii.gz").touch()
+    found = {name for name, *_ in hippocampus.find_cases(tmp_path)}
+    assert found == hippocampus.CASES and len(found) == 230
+    (tmp_path / "imagesTr" / "hippocampus_001.nii.gz").unlink()  # another collection
+    assert len(hippocampus.find_cases(tmp_path)) == 230 and "hippocampus_002" in {n for n, *_ in hippocampus.find_cases(tmp_path)}
+
+
 def test_hippocampus_with_two_classes(task):
     cohort = hippocampus.build(settings(task, classes="two"), seed=1)
     assert set(np.unique(cohort.labels)) == {0, 1, 2} and cohort.classes == ("anterior", "posterior")

@@ -15,7 +15,7 @@ def test_overrides_reach_the_setting(monkeypatch):
     ("cohort=brain", "cohort 'brain'.*midbrain, hippocampus"), ("recipe=best", "recipe 'best'"),
     ("scale=huge", "scale 'huge'"), ("rate=0", "rate 0"), ("sed=1", "'sed' is not a setting"),
     ("joint.rouns=1", "'joint' is not a setting|'rouns' is not a setting"), ("rate=abc", "rate 'abc' is not of the kind"),
-    ("precision=half", "precision 'half'.*auto, bfloat16"), ("folder.size=big", "size 'big'.*as in size: 128"),
+    ("precision=half", "precision 'half'.*auto, bfloat16"), ("folder.size=big", "size 'big'.*has: size: 128"),
     ("folder.size=0", "folder.size 0"), ("folder.axis=3", "folder.axis 3"), ("folder.review=high", "review 'high'"),
     ("joint_plus.pairs=7", "pairs '7'"),
 ])
