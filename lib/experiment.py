@@ -93,6 +93,14 @@ class Experiment:
             self.numerics, label, self.matches(index),
         )
 
+    def every_mask(self, networks, index, generator):
+        """The 2N masks of the images ``index``, of which soft pseudo-masks are the mean: see pseudo_masks."""
+        data = self.data
+        return pseudo_masks.every_mask(
+            networks, data.images[index], data.images[data.labelled], data.masks[data.labelled],
+            self.settings.pseudo_masks, data.symmetric, generator, self.numerics, self.matches(index),
+        )
+
     def matches(self, index):
         """Which labelled images may be registered to the images ``index``: None for all, else ``(n, k)`` positions."""
         if not isinstance(self.cohort, VolumeCohort):

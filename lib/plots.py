@@ -11,6 +11,7 @@ from lib.warping import jacobian_determinant, warp
 
 TRUE = "#2bd46f"  # outline of the true mask
 OTHER = "#ffb000"  # outline of any other mask
+CLASSES = ("#2bd46f", "#ff5ca8", "#3fb8ff", "#ffb000", "#c58cff", "#ff7043", "#f4f13a", "#9ccc65")  # of several classes
 
 
 def array(tensor):
@@ -19,12 +20,24 @@ def array(tensor):
     return tensor.squeeze()
 
 
-def outline(axes, mask, colour=TRUE, width=1.2):
-    """The outline of every class of a mask ``(classes, height, width)`` or ``(height, width)``."""
+def outline(axes, mask, colour=TRUE, width=1.2, style="solid"):
+    """The outline of every class of a mask ``(classes, height, width)`` or ``(height, width)``.
+
+    Args:
+        colour: of all classes, or a list of one for each, which begins anew where there are more classes.
+    """
     mask = array(mask)
-    for channel in mask[None] if mask.ndim == 2 else mask:
+    for number, channel in enumerate(mask[None] if mask.ndim == 2 else mask):
         if channel.min() < 0.5 <= channel.max():
-            axes.contour(channel, [0.5], colors=colour, linewidths=width)
+            own = colour if isinstance(colour, str) else colour[number % len(colour)]
+            axes.contour(channel, [0.5], colors=own, linewidths=width, linestyles=style)
+
+
+def heat_colours(heat):
+    """RGBA of a heat map in [0, 1]; where nothing is marked the image under it stays visible."""
+    colours = plt.get_cmap("inferno")(heat)
+    colours[..., 3] = 0.8 * np.clip(heat / 0.25, 0, 1)
+    return colours
 
 
 def draw(axes, image, mask=None, title="", heat=None, colour=TRUE):
@@ -32,10 +45,7 @@ def draw(axes, image, mask=None, title="", heat=None, colour=TRUE):
     axes.imshow(array(image), cmap="gray", vmin=0, vmax=1)
     if heat is not None:
         heat = array(heat)
-        heat = heat.max(axis=0) if heat.ndim == 3 else heat
-        colours = plt.get_cmap("inferno")(heat)
-        colours[..., 3] = 0.8 * np.clip(heat / 0.25, 0, 1)  # the image stays visible where nothing is marked
-        axes.imshow(colours)
+        axes.imshow(heat_colours(heat.max(axis=0) if heat.ndim == 3 else heat))
     if mask is not None:
         outline(axes, mask, colour)
     axes.set_title(title, fontsize=9)
@@ -114,31 +124,60 @@ def mask_set(image, truth, segmentation, registration, soft):
     return figure
 
 
-def cases(experiment, masks, per_image):
-    """For every method the test images with its best, median and worst DSC.
+def cases(experiment, masks, per_image, columns=6):
+    """For every method the test images with its best, median and worst DSC, around the structure.
+
+    One class: the true outline is green, the method's orange. Several: each has a colour, the true outline is solid
+    and the method's dashed.
 
     Args:
         experiment: Experiment.
         masks: dictionary of method to its masks of the test images, those of classical among them where it ran.
         per_image: rows of class ``mean``.
     """
-    index = experiment.cohort.index("test")
-    figure, axes = plt.subplots(3, len(masks), figsize=(1.9 * len(masks), 7.4), squeeze=False)
-    for column, (method, predicted) in zip(axes.T, masks.items()):
+    cohort, data = experiment.cohort, experiment.data
+    index, several = cohort.index("test"), len(cohort.classes) > 1
+    blocks = -(-len(masks) // columns)
+    columns = -(-len(masks) // blocks)
+    figure, axes = plt.subplots(3 * blocks, columns, figsize=(1.9 * columns, 7.4 * blocks), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for number, (method, predicted) in enumerate(masks.items()):
         rows = per_image[(per_image["method"] == method) & per_image["slice"].isin(index)
                          & per_image["recipe"].isin((experiment.settings.recipe, "-"))].sort_values("dsc")
-        for ax, (name, position) in zip(column, (("best", -1), ("median", len(rows) // 2), ("worst", 0))):
+        block, column = divmod(number, columns)
+        places = ("best", -1), ("median", len(rows) // 2), ("worst", 0)
+        for ax, (name, position) in zip(axes[3 * block : 3 * block + 3, column], places):
             row = rows.iloc[position]
             at = int(np.flatnonzero(index == row["slice"])[0])
-            if hasattr(experiment.cohort, "volumes"):  # rows are of whole volumes: show the middle slice
-                same = np.flatnonzero(experiment.cohort.volumes[index] == experiment.cohort.volumes[row["slice"]])
+            if hasattr(cohort, "volumes"):  # rows are of whole volumes: show the middle slice
+                same = np.flatnonzero(cohort.volumes[index] == cohort.volumes[row["slice"]])
                 at = int(same[len(same) // 2])
-            truth = experiment.data.masks[index[at]]
-            title = f"{method}, {name}\nDSC {row['dsc']:.3f}, HD {row['hd']:.1f}"
-            draw(ax, experiment.data.images[index[at]], truth, title)
-            outline(ax, predicted[at], OTHER)
-    figure.tight_layout()
+            image = array(data.images[index[at]])
+            truth, found = (array(mask).reshape(-1, *image.shape) for mask in (data.masks[index[at]], predicted[at]))
+            ax.axis("on")
+            draw(ax, image, truth, f"{method}, {name}\nDSC {row['dsc']:.3f}, HD {row['hd']:.1f}",
+                 colour=CLASSES if several else TRUE)
+            outline(ax, found, CLASSES if several else OTHER, style="dashed" if several else "solid")
+            zoom(ax, np.concatenate((truth, found)) >= 0.5)
+    if several:
+        lines = [plt.Line2D([], [], color=colour, label=name) for colour, name in zip(CLASSES, cohort.classes)]
+        lines += [plt.Line2D([], [], color="black", label="true"),
+                  plt.Line2D([], [], color="black", linestyle="dashed", label="the method's")]
+        figure.legend(handles=lines, loc="lower center", ncols=len(lines), fontsize=9)
+    figure.tight_layout(rect=(0, 0.03 * several, 1, 1))
     return figure
+
+
+def zoom(axes, masks, margin=0.3):
+    """Show the square around masks ``(n, height, width)`` of an image that is drawn already; all if they are empty."""
+    marked = np.argwhere(masks.any(axis=0))
+    if not len(marked):
+        return
+    low, high = marked.min(axis=0), marked.max(axis=0)
+    row, column = (low + high) / 2
+    reach = (0.5 + margin) * (high - low).max() + 2
+    axes.set(xlim=(column - reach, column + reach), ylim=(row + reach, row - reach), facecolor="black")
 
 
 def around(truth, margin=0.75):
@@ -205,7 +244,7 @@ def figure2(image, truth, blocks, teachers=None):
         teachers: dictionary of label to (steps, masks), further rows.
     """
     image, truth = array(image), array(truth)
-    window = around(truth)
+    window = around(truth, 0.3)
     rows = []
     for recipe, rounds in blocks.items():
         for name in ("segmentation", "registration", "soft"):
@@ -214,7 +253,9 @@ def figure2(image, truth, blocks, teachers=None):
     for label, (steps, masks) in (teachers or {}).items():
         rows.append((label, [(f"step {step}", mask) for step, mask in zip(steps, masks)]))
     columns = max(len(cells) for _, cells in rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.7 * columns + 1.2, 1.9 * len(rows)), squeeze=False)
+    shape = image[window].shape
+    high = 0.35 + 1.6 * shape[0] / shape[1]
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.7 * columns + 1.2, high * len(rows)), squeeze=False)
     for line, (label, cells) in zip(axes, rows):
         for ax in line[len(cells):]:
             ax.axis("off")
@@ -224,5 +265,9 @@ def figure2(image, truth, blocks, teachers=None):
     figure.tight_layout(rect=(0, 0, 0.93, 1))
     box = axes[0, -1].get_position()
     bar = figure.add_axes((0.945, box.y0, 0.012, box.height))
-    figure.colorbar(plt.cm.ScalarMappable(cmap="inferno"), cax=bar, label="pseudo-mask")
+    bar.set_facecolor("0.5")  # as an image of middle grey would look
+    bar.imshow(heat_colours(np.linspace(0, 1, 256)[:, None]), origin="lower", aspect="auto", extent=(0, 1, 0, 1))
+    bar.set(xticks=[], ylabel="pseudo-mask")
+    bar.yaxis.tick_right()
+    bar.yaxis.set_label_position("right")
     return figure

@@ -96,6 +96,35 @@ def best_sources(network, images, sources, source_masks, n, candidates, generato
 
 
 @torch.no_grad()
+def every_mask(networks, images, sources, source_masks, settings, flip, generator, numerics, matches=None):
+    """The 2N masks of a batch of images: by the segmentation network of augmented images, and warped from sources.
+
+    Args:
+        as ``generate``.
+
+    Returns:
+        Masks of the segmentation ``(n, batch, classes, height, width)``, the plain image's first, warped masks of the
+        same shape, and their displacements ``(n, batch, 2, height, width)``.
+
+    Raises:
+        ValueError: there is no labelled image, or ``settings.sources`` is not random or best.
+    """
+    if len(sources) == 0:
+        raise ValueError("soft pseudo-masks need at least one labelled image: raise the rate in params.yaml")
+    if settings.sources not in ("random", "best"):
+        raise ValueError(f"pseudo_masks.sources '{settings.sources}' in params.yaml is not one of random, best")
+    segmentation, registration = (network.eval() for network in networks)
+    seen = segmentation_masks(segmentation, images, settings.n, generator, settings, flip, numerics)
+    if settings.sources == "best":
+        choice = best_sources(registration, images, sources, source_masks, settings.n, settings.candidates, generator,
+                              numerics, matches)
+    else:
+        choice = draw_sources(len(images), len(sources), settings.n, generator, matches)
+    warped, _, displacements = registration_masks(registration, images, sources, source_masks, choice, numerics)
+    return seen, warped, displacements
+
+
+@torch.no_grad()
 def generate(networks, images, sources, source_masks, settings, flip, generator, numerics, label="pseudo-masks",
              matches=None):
     """Soft pseudo-masks of ``images``, computed in batches.
@@ -114,26 +143,13 @@ def generate(networks, images, sources, source_masks, settings, flip, generator,
         PseudoMasks.
 
     Raises:
-        ValueError: there is no labelled image, or ``settings.sources`` is not random or best.
+        ValueError: see ``every_mask``.
     """
-    if len(sources) == 0:
-        raise ValueError("soft pseudo-masks need at least one labelled image: raise the rate in params.yaml")
-    if settings.sources not in ("random", "best"):
-        raise ValueError(f"pseudo_masks.sources '{settings.sources}' in params.yaml is not one of random, best")
-    segmentation, registration = (network.eval() for network in networks)
-    n, parts = settings.n, []
-    size = numerics.batch(images)
+    parts, size = [], numerics.batch(images)
     for start in tqdm(range(0, len(images), size), desc=label, unit="batch", leave=False):
-        batch, allowed = images[start : start + size], None if matches is None else matches[start : start + size]
-        seen = segmentation_masks(segmentation, batch, n, generator, settings, flip, numerics)
-        if settings.sources == "best":
-            choice = best_sources(
-                registration, batch, sources, source_masks, n, settings.candidates, generator, numerics,
-                allowed,
-            )
-        else:
-            choice = draw_sources(len(batch), len(sources), n, generator, allowed)
-        warped, _, displacements = registration_masks(registration, batch, sources, source_masks, choice, numerics)
+        allowed = None if matches is None else matches[start : start + size]
+        seen, warped, displacements = every_mask(networks, images[start : start + size], sources, source_masks,
+                                                 settings, flip, generator, numerics, allowed)
         folds = torch.stack([folding(d) for d in displacements]).mean(0)
         parts.append(PseudoMasks(seen[0], seen.mean(0), warped.mean(0), torch.cat((seen, warped)).mean(0), folds))
     return PseudoMasks(*(torch.cat(part) for part in zip(*parts)))

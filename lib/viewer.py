@@ -24,7 +24,6 @@ from traitlets import link
 from lib.evaluation import harden
 from lib.experiment import load_round
 from lib.plots import TRUE, array, draw, draw_grid, outline
-from lib.pseudo_masks import best_sources, draw_sources, registration_masks, segmentation_masks
 from lib.refinement import refined
 
 LAYERS = {  # what can be seen, and what it is
@@ -239,7 +238,6 @@ def experiment_layers(experiment, stage="joint_plus"):
         Augmentations and sources are drawn alike in every round, so that rounds can be compared.
     """
     settings, data, numerics = experiment.settings, experiment.data, experiment.numerics
-    options = settings.pseudo_masks
 
     @lru_cache(2)
     def load(number):
@@ -247,24 +245,17 @@ def experiment_layers(experiment, stage="joint_plus"):
         networks = tuple(network.eval() for network in networks)
         return refined(networks, settings.joint_plus) if stage == "joint_plus" else networks, saved.get("weight", 0.5)
 
-    @torch.no_grad()
     def layers(index, number):
-        (segmentation, registration), weight = load(number)
+        networks, weight = load(number)
         index = data.as_index([index])
-        image, sources, source_masks = data.images[index], data.images[data.labelled], data.masks[data.labelled]
-        generator, matches = numerics.generator(settings.seed, "viewer", int(index)), experiment.matches(index)
-        seen = segmentation_masks(segmentation, image, options.n, generator, options, data.symmetric, numerics)
-        if options.sources == "best":
-            choice = best_sources(registration, image, sources, source_masks, options.n, options.candidates, generator,
-                                  numerics, matches)
-        else:
-            choice = draw_sources(1, len(sources), options.n, generator, matches)
-        warped, _, fields = registration_masks(registration, image, sources, source_masks, choice, numerics)
+        generator = numerics.generator(settings.seed, "viewer", int(index))
+        seen, warped, fields = experiment.every_mask(networks, index, generator)
         means = seen.mean(0), warped.mean(0)
         soft = weight * means[0] + (1 - weight) * means[1]
         every = torch.cat((1 - soft.sum(dim=1, keepdim=True), soft), dim=1)
         found = {
-            "image": image[0, 0], "prediction": harden(seen[0])[0], "confidence": every.amax(dim=1)[0].clamp(0, 1),
+            "image": data.images[index][0, 0], "prediction": harden(seen[0])[0],
+            "confidence": every.amax(dim=1)[0].clamp(0, 1),
             "disagreement": (means[0] - means[1]).abs().amax(dim=1)[0],
             "segmentation masks": seen[:, 0], "warped masks": warped[:, 0], "displacement": fields[:, 0],
         }

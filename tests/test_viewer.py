@@ -77,9 +77,8 @@ def test_layers_are_what_the_experiment_gives(trial, number):
 
 
 def test_networks_that_agree_do_not_disagree(trial, monkeypatch):
-    constant = lambda *given, **named: torch.full((5, 1, 2, 32, 32), 0.3)
-    monkeypatch.setattr(viewer, "segmentation_masks", constant)
-    monkeypatch.setattr(viewer, "registration_masks", lambda *given: (constant(), None, torch.zeros(5, 1, 2, 32, 32)))
+    constant = lambda: torch.full((5, 1, 2, 32, 32), 0.3)
+    monkeypatch.setattr(trial, "every_mask", lambda *given: (constant(), constant(), torch.zeros(5, 1, 2, 32, 32)))
     found = viewer.experiment_layers(trial)(0, 0)
     assert (found["disagreement"] == 0).all()
     np.testing.assert_allclose(found["confidence"], 0.4, atol=1e-6)  # of the background: 1 - 2 * 0.3
