@@ -64,6 +64,32 @@ class Fit(NamedTuple):
     watched: list  # pairs of step and what ``watch`` gave
 
 
+class Best:
+    """The weights of every part of a network as they were where it was best.
+
+    Args:
+        parts: names of modules, each of which is kept by itself; one that is empty stands for the whole network.
+        scores, weights: those of an interrupted run.
+    """
+
+    def __init__(self, parts, scores=None, weights=None):
+        self.parts = parts
+        self.scores = scores or [-math.inf] * len(parts)
+        self.weights = weights or {}
+
+    def update(self, network, scores):
+        """Keep the parts whose score is not below the best, so that of equals the later one is kept."""
+        for k, part in enumerate(self.parts):
+            if scores[k] >= self.scores[k]:
+                weights = network.get_submodule(part).state_dict(prefix=part and f"{part}.")
+                self.weights |= copy.deepcopy(dict(weights))
+                self.scores[k] = scores[k]
+
+    def restore(self, network):
+        """Give the network its best parts back; as it is where none was ever scored."""
+        network.load_state_dict({**network.state_dict(), **self.weights})
+
+
 def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, key, label, validate=None, checks=20,
         after_step=None, watch=None, parts=("",)):
     """Train ``network`` by Adam; a killed run started again ends with the same weights, bit for bit.
@@ -94,14 +120,14 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
     optimiser = AdamW(trained, peak, weight_decay)
     file = work_folder("checkpoints", f"{key}.pt")
     columns = ["validation", *(f"validation {part}" for part in parts[1:])]
-    history, watched, best, best_scores, start, before = [], [], {}, [-math.inf] * len(parts), 0, 0.0
+    history, watched, best, start, before = [], [], Best(parts), 0, 0.0
     saved = resume(file, key, device)
     if saved:
         network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
         generator.set_state(saved["generator"].cpu())
         history, watched, before = saved["history"], saved["watched"], saved["seconds"]
-        best, best_scores, start = saved["best"] or {}, listed(saved["best_score"]), saved["step"]
+        best, start = Best(parts, listed(saved["best_score"]), saved["best"]), saved["step"]
     clock = Clock(device)
 
     def checkpoint(step):
@@ -109,7 +135,7 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
             {
                 "fingerprint": key, "step": step, "network": network.state_dict(), "history": history,
                 "optimiser": optimiser.state_dict(), "generator": generator.get_state(),
-                "best": best, "best_score": best_scores, "watched": watched,
+                "best": best.weights, "best_score": best.scores, "watched": watched,
                 "seconds": before + clock.read(),
             },
             file,
@@ -144,19 +170,14 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
                 history[-1] |= dict(zip(columns, scores, strict=True))
                 if watch:
                     watched.append((step + 1, watch(network)))
-                for k, part in enumerate(parts):
-                    if scores[k] >= best_scores[k]:
-                        weights = network.get_submodule(part).state_dict(prefix=part and f"{part}.")
-                        best |= copy.deepcopy(dict(weights))
-                        best_scores[k] = scores[k]
+                best.update(network, scores)
             if last or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 checkpoint(step + 1)
                 saved_at = time.monotonic()
         bar.update()
         clock.read()
     bar.close()
-    if best:
-        network.load_state_dict({**network.state_dict(), **best})
+    best.restore(network)
     return Fit(pd.DataFrame(history), before + clock.read(), watched)
 
 
