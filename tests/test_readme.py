@@ -26,3 +26,9 @@ def test_every_link_and_picture_is_there():
     assert len(links) > 10
     for link in links:
         assert (params.ROOT / link).exists(), link
+
+
+def test_every_module_is_named():
+    text = (params.ROOT / "README.md").read_text()
+    for file in params.ROOT.glob("lib/[a-z]*.py"):
+        assert f"`{file.stem}`" in text, file.name
