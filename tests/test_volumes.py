@@ -161,6 +161,18 @@ def test_the_pieces_fit_the_experiment(settings, folder, tmp_path, monkeypatch):
     assert set(trial.cohort.subjects[trial.data.labelled]) == {"patient001"}
 
 
+def test_the_real_acdc_data():
+    folder = (params.ROOT / params.load(cohort="acdc").acdc.folder).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    few = {"train": 1, "validation": 1, "test": 1}
+    cohort = acdc.build(params.Section(folder=str(folder), size=96, patients=few))
+    assert set(cohort.subjects) == {acdc.SPLIT[split][0] for split in few} and len(cohort.names()) == 6
+    for name in cohort.names():
+        marked = cohort.labels[cohort.volumes == name]
+        assert set(np.unique(marked)) == {0, 1, 2, 3} and 0.01 < (marked > 0).mean() < 0.2
+
+
 def test_the_notebooks_run_on_volumes_and_write_what_the_pipeline_declares(tmp_path, monkeypatch):
     """From the files of ten made-up patients to Table 1 and Figure 2, with CCT-R, at scale smoke."""
     chosen = {"train": 6, "validation": 2, "test": 2}
