@@ -94,7 +94,7 @@ class Experiment:
         )
 
     def every_mask(self, networks, index, generator):
-        """The 2N masks of the images ``index``, of which soft pseudo-masks are the mean: see pseudo_masks."""
+        """The 2N masks of the images ``index``, of which soft pseudo-masks are the mean: pseudo_masks.every_mask."""
         data = self.data
         return pseudo_masks.every_mask(
             networks, data.images[index], data.images[data.labelled], data.masks[data.labelled],

@@ -252,20 +252,14 @@ def summary(table):
         table: of ``with_published``.
     """
     table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean")]
-    cell = lambda row: (f"{row['dsc_mean']:.3f} ({row['hd_mean']:.2f})" if pd.notna(row["dsc_mean"])
-                        else f"{row['dsc_published']:.3f}")
-    rows = {}
-    for _, row in table.sort_values(["n_labelled"], kind="stable").iterrows():
-        key = row["cohort"], row["recipe"], row["method"]
-        rows.setdefault(key, {})[f"{row['n_labelled']} ({row['rate']:g} %)"] = cell(row)
-    order = table.drop_duplicates(["cohort", "recipe", "method"])[["cohort", "recipe", "method"]]
-    columns = dict.fromkeys(label for found in rows.values() for label in found)
-    columns = sorted(columns, key=lambda label: int(label.split()[0]))
-    several = table["cohort"].nunique() > 1
-    listed = [{"DSC (HD in pixels)": method, "recipe": recipe, **({"cohort": cohort} if several else {}),
-               **{label: rows[cohort, recipe, method].get(label, "") for label in columns}}
-              for cohort, recipe, method in order.itertuples(index=False)]
-    return as_markdown(listed)
+    ours = lambda row: f"{row['dsc_mean']:.3f} ({row['hd_mean']:.2f})"
+    cells = [ours(row) if pd.notna(row["dsc_mean"]) else f"{row['dsc_published']:.3f}" for _, row in table.iterrows()]
+    table = table.assign(cell=cells, labelled=[f"{n} ({rate:g} %)" for n, rate in zip(table["n_labelled"], table["rate"])])
+    keys = ["method", "recipe", *["cohort"] * (table["cohort"].nunique() > 1)]
+    wide = table.pivot(index=keys, columns="labelled", values="cell").fillna("")
+    wide = wide.loc[pd.MultiIndex.from_frame(table[keys].drop_duplicates()),
+                    table.sort_values("n_labelled")["labelled"].unique()]
+    return as_markdown(wide.reset_index().rename(columns={"method": "DSC (HD in pixels)"}))
 
 
 def p_value(p):
@@ -373,7 +367,8 @@ def ablation(per_image, rounds):
                 both = ("", method), ("companion ", companion)
                 for (prefix, name), metric in itertools.product(both, ("dsc", "hd")):
                     column = prefix + ("hd " if metric == "hd" else "")
-                    row |= changed(chosen, whole, name, metric, column, variant, label)
+                    difference, p = changed(chosen, whole, name, metric) if variant else (np.nan, np.nan)
+                    row |= {f"{column}difference": difference, f"{column}p": p if label == "mean" else np.nan}
                 measured = rounds[(rounds["variant"] == variant) & (rounds["stage"] == method)
                                   & (rounds["rate"] == rate) & (rounds["recipe"] == recipe)
                                   & (rounds["split"] == "validation") & rounds["seed"].isin(seeds)]
@@ -389,14 +384,21 @@ def ablation(per_image, rounds):
     return table
 
 
-def changed(chosen, whole, method, metric, prefix, variant, label):
-    """By how much a variant (rows ``chosen``) differs from the whole method, with p: columns of the ablation."""
-    found = {f"{prefix}difference": np.nan, f"{prefix}p": np.nan}
-    if variant and method in set(chosen["method"]) & set(whole["method"]):
-        both = [statistics.per_subject(frame, metric)[method] for frame in (chosen, whole)]
-        found[f"{prefix}difference"] = float((both[0] - both[1]).mean())
-        found[f"{prefix}p"] = statistics.wilcoxon(*both)[0] if label == "mean" else np.nan
-    return found
+def changed(chosen, whole, method, metric):
+    """By how much a variant changes a method, and whether that can be chance.
+
+    Args:
+        chosen, whole: rows of one class on the same test images, of the variant and of the whole method.
+        metric: dsc, or hd in pixels.
+
+    Returns:
+        (difference of the means over subjects, p of Wilcoxon's signed-rank test over subjects); NaN where one of the
+        two lacks the method.
+    """
+    if method not in set(chosen["method"]) & set(whole["method"]):
+        return np.nan, np.nan
+    variant, reference = (statistics.per_subject(frame, metric)[method] for frame in (chosen, whole))
+    return float((variant - reference).mean()), statistics.wilcoxon(variant, reference)[0]
 
 
 def ablation_markdown(table):
