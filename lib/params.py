@@ -91,7 +91,7 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         variant changes holds its values.
 
     Raises:
-        ValueError: an unknown cohort, recipe, scale, variant or setting, or a value of another kind than the file's.
+        ValueError: an unknown cohort, recipe, scale, variant or setting, or a value of another kind than it should be.
     """
     tree = section(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
     for assignment in [*filter(None, os.environ.get("JOINT_SET", "").split(",")), *changes]:
@@ -108,6 +108,9 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
     for key, allowed in CHOICES.items():
         if tree[key] not in allowed:
             raise ValueError(f"{key} '{tree[key]}' in params.yaml is not one of {', '.join(allowed)}")
+    for key in ("rate", "seed", "split_seed"):
+        if not same_kind(tree[key], 1):
+            raise ValueError(f"{key} '{tree[key]}' in params.yaml is not a number")
     if tree.rate == 100 and rate is None:
         raise ValueError("rate 100 in params.yaml leaves nothing unlabelled: put it under grid.rates, where fs alone runs")
     if not 0 < tree.rate <= 100:
