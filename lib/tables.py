@@ -126,7 +126,8 @@ def compare(per_image):
     classical = per_image["method"] == "classical"
     recipes = per_image.loc[~classical, "recipe"].unique()
     copies = [per_image[classical].assign(recipe=recipe) for recipe in recipes]
-    return statistics.compare(pd.concat([per_image[~classical], *copies]), PAIRS, SCORES)
+    together = pd.concat([per_image[~classical], *copies]).sort_values(["recipe", "rate"], kind="stable")
+    return statistics.compare(together, PAIRS, SCORES)
 
 
 def table1(per_image, comparisons):

@@ -33,6 +33,12 @@ def test_classes_are_averaged_first_and_bad_results_stay():
     assert overall.loc["mean", "n_empty"] == 1 and (overall["n_test"] == 2).all()
 
 
+def test_comparisons_stand_in_the_order_of_the_rates():
+    frames = [rows_of("strong", method, [0.8, 0.9], rate=rate) for rate in (10, 4, 1) for method in ("fs", "mt")]
+    _, comparisons, _ = whole(*frames)
+    assert comparisons.loc[comparisons["metric"] == "dsc", "rate"].tolist() == [1, 4, 10]
+
+
 def test_rows_over_seeds_and_of_every_seed():
     _, _, table = whole(rows_of("strong", "fs", [0.8, 0.9]), rows_of("strong", "fs", [0.6, 0.7], seed=2))
     mean = table[table["class"] == "mean"].set_index("seed")
