@@ -120,6 +120,8 @@ def in_order(table):
 def compare(per_image):
     """Paired tests of PAIRS; see statistics.compare. The classical reference is compared with fs of every recipe.
 
+    Recipes and rates stand in their order, whatever that in which their results were found.
+
     Args:
         per_image: rows of class ``mean`` among them (average_classes), without variants.
     """
