@@ -14,8 +14,8 @@ class Affine(NamedTuple):
     An image transformed by it has at x what the image before had at y.
     """
 
-    matrix: torch.Tensor  # (batch, 2, 2)
-    shift: torch.Tensor  # (batch, 2)
+    matrix: torch.Tensor  # (batch, axes, axes)
+    shift: torch.Tensor  # (batch, axes)
 
     def inverse(self):
         """The map that undoes this one."""
@@ -27,12 +27,12 @@ class Affine(NamedTuple):
         return Affine(self.matrix[index], self.shift[index])
 
     def apply(self, images, padding="border"):
-        """Images or masks ``(batch, channels, height, width)``, transformed; outside is edge or zero."""
-        height, width = images.shape[-2:]
-        grid = pixel_grid(height, width, images.device).reshape(1, 2, -1)
+        """Images or masks ``(batch, channels, *space)``, transformed; outside is edge or zero."""
+        space = images.shape[2:]
+        grid = pixel_grid(space, images.device).flatten(2)
         centre = grid[..., -1:] / 2  # made where the grid is: a tensor of numbers would wait for the GPU
         moved = self.matrix @ (grid - centre) + centre + self.shift[..., None]
-        return sample(images, moved.reshape(-1, 2, height, width), padding)
+        return sample(images, moved.unflatten(2, space), padding)
 
 
 def uniform(shape, half_width, generator):
@@ -41,7 +41,7 @@ def uniform(shape, half_width, generator):
 
 
 def draw_affine(n, side, generator, *, rotation=0.0, scaling=0.0, shift=0.0, flip=False):
-    """``n`` random affine maps.
+    """``n`` random affine maps of images with two axes.
 
     Args:
         side: the longer side of the images, pixels.
@@ -62,17 +62,23 @@ def draw_affine(n, side, generator, *, rotation=0.0, scaling=0.0, shift=0.0, fli
 
 def change_contrast(images, factors):
     """Each image's deviation from its mean times its factor ``(batch,)``, clipped to [0, 1]."""
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    return (mean + (images - mean) * factors[:, None, None, None]).clamp(0, 1)
+    mean = images.mean(dim=tuple(range(1, images.ndim)), keepdim=True)
+    return (mean + (images - mean) * per_image(factors, images)).clamp(0, 1)
+
+
+def per_image(values, images):
+    """Values ``(batch,)``, one for every image, in a shape that is broadcast over ``(batch, channels, *space)``."""
+    return values.reshape(-1, *[1] * (images.ndim - 1))
 
 
 def augment(images, masks, generator, settings, flip, maps=None):
     """The strong recipe's augmentation of a training batch: one affine map for image and mask, then intensity.
 
     Args:
-        images: ``(batch, 1, height, width)`` in [0, 1].
+        images: ``(batch, 1, height, width)`` in [0, 1]; with ``maps``, any number of axes.
         masks: ``(batch, classes, height, width)``, moved with exactly the map of their image.
-        settings: section ``augmentation`` of params.yaml.
+        settings: half-widths of uniform ranges: rotation (degrees), scaling, shift (of the side), gamma, contrast,
+            brightness; and noise_std.
         flip: whether the anatomy is symmetric.
         maps: Affine, one per image; None draws them.
 
@@ -84,9 +90,9 @@ def augment(images, masks, generator, settings, flip, maps=None):
         n, side, generator, rotation=settings.rotation, scaling=settings.scaling, shift=settings.shift, flip=flip
     )
     images, masks = maps.apply(images), maps.apply(masks, padding="zeros")
-    gamma = uniform(n, settings.gamma, generator).exp()[:, None, None, None]
+    gamma = per_image(uniform(n, settings.gamma, generator).exp(), images)
     images = images.clamp(0, 1).pow(gamma)
     images = change_contrast(images, 1 + uniform(n, settings.contrast, generator))
-    images = images + uniform(n, settings.brightness, generator)[:, None, None, None]
+    images = images + per_image(uniform(n, settings.brightness, generator), images)
     noise = torch.randn(images.shape, generator=generator, device=generator.device)
     return (images + settings.noise_std * noise).clamp(0, 1), masks

@@ -6,7 +6,6 @@ import hashlib
 from contextlib import nullcontext
 
 import torch
-from tqdm import tqdm
 
 from lib import DataError
 
@@ -16,11 +15,11 @@ def best_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise DataError(f"device '{name}' is asked for in params.yaml, but torch sees no GPU: set device: auto")
+        raise DataError(f"device '{name}' is asked for, but torch sees no GPU: set device: auto")
     try:
         return torch.device(name)
     except RuntimeError:
-        raise DataError(f"device '{name}' in params.yaml is not one of auto, cpu, cuda") from None
+        raise DataError(f"device '{name}' is not one of auto, cpu, cuda") from None
 
 
 def has_bfloat16(device):
@@ -87,29 +86,6 @@ class Numerics:
     def generator(self, *names):
         """A generator on the device, seeded by ``names`` (numbers and words), for all draws of one piece of work."""
         return torch.Generator(self.device).manual_seed(seed_of(*names))
-
-
-def with_less_memory(work, what):
-    """``work(divisor)`` with the divisor of the batches at 1; where memory does not suffice at 2, 4 and 8.
-
-    Args:
-        work: function of the divisor.
-        what: it is, in words.
-
-    Raises:
-        DataError: it does not suffice then either.
-    """
-    for divisor in (1, 2, 4, 8):
-        try:
-            return work(divisor)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            tqdm.write(f"{what}: out of memory with batches of 1/{divisor}")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    raise DataError(f"{what}: out of memory even with an eighth of the batch: lower folder.size or the numbers of slices "
-                    "(folder.labelled, folder.unlabelled), or close other programs")
 
 
 def out_of_memory(error):

@@ -10,11 +10,16 @@ from lib.warping import warp
 SMOOTH = 1e-5  # keeps the Dice of two empty masks at 1 and its gradient finite
 
 
+def space_of(images):
+    """The dimensions of ``(batch, channels, *space)`` that are space."""
+    return tuple(range(2, images.ndim))
+
+
 def soft_dice_loss(prediction, target, pooled=False):
     """Soft Dice loss with squared denominator, eq. (1): 1 - 2 sum(y' y) / (sum(y'^2) + sum(y^2)).
 
     Args:
-        prediction, target: ``(batch, classes, height, width)`` in [0, 1]; targets may be soft.
+        prediction, target: ``(batch, classes, *space)`` in [0, 1]; targets may be soft.
         pooled: sum over the pixels of the whole batch, as if it were one volume, instead of image by image. Where an
             image lacks a class, its own loss is 1 whatever is wrongly marked and hardly has a gradient; slices of
             volumes lack some class often.
@@ -23,7 +28,8 @@ def soft_dice_loss(prediction, target, pooled=False):
         Scalar in [0, 1], the mean over images (unless pooled) and classes. Two empty masks count as 0.
     """
     prediction, target = prediction.float(), target.float()
-    over = (0, 2, 3) if pooled else (2, 3)
+    space = space_of(prediction)
+    over = (0, *space) if pooled else space
     overlap = (prediction * target).sum(dim=over)
     size = prediction.square().sum(dim=over) + target.square().sum(dim=over)
     return (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean()
@@ -36,15 +42,16 @@ def gncc(first, second):
     Invariant to gain and offset of either image. 0 where an image is constant.
 
     Args:
-        first, second: ``(batch, 1, height, width)``.
+        first, second: ``(batch, 1, *space)``.
 
     Returns:
         ``(batch,)``.
     """
-    first = first.float() - first.float().mean(dim=(1, 2, 3), keepdim=True)
-    second = second.float() - second.float().mean(dim=(1, 2, 3), keepdim=True)
-    covariance = (first * second).sum(dim=(1, 2, 3))
-    power = first.square().sum(dim=(1, 2, 3)) * second.square().sum(dim=(1, 2, 3))
+    every = tuple(range(1, first.ndim))
+    first = first.float() - first.float().mean(dim=every, keepdim=True)
+    second = second.float() - second.float().mean(dim=every, keepdim=True)
+    covariance = (first * second).sum(dim=every)
+    power = first.square().sum(dim=every) * second.square().sum(dim=every)
     return covariance / power.clamp_min(1e-10).sqrt()
 
 
@@ -52,14 +59,15 @@ def weighted_gncc(first, second, weight):
     """``gncc`` where every pixel counts by its weight; ours, for the alignment and choice of volumes in CCT-R.
 
     Args:
-        first, second, weight: ``(batch, 1, height, width)``; weights are not negative, and need not add up to 1.
+        first, second, weight: ``(batch, 1, *space)``; weights are not negative, and need not add up to 1.
 
     Returns:
         ``(batch,)`` in [-1, 1]; 0 where an image is constant.
     """
     first, second, weight = first.float(), second.float(), weight.float()
-    weight = weight / weight.sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
-    over = lambda values: (weight * values).sum(dim=(1, 2, 3), keepdim=True)
+    every = tuple(range(1, first.ndim))
+    weight = weight / weight.sum(dim=every, keepdim=True).clamp_min(1e-6)
+    over = lambda values: (weight * values).sum(dim=every, keepdim=True)
     first, second = first - over(first), second - over(second)
     variances = over(first.square()) * over(second.square())
     return (over(first * second) / (variances + 1e-12).sqrt()).flatten()
@@ -71,10 +79,15 @@ def gncc_loss(first, second):
 
 
 def smoothness_loss(residual):
-    """Mean squared forward difference of a displacement field, the L2 regularisation of eq. (3)."""
-    rows = (residual[:, :, 1:] - residual[:, :, :-1]).float().square().mean()
-    columns = (residual[:, :, :, 1:] - residual[:, :, :, :-1]).float().square().mean()
-    return (rows + columns) / 2
+    """Mean squared forward difference of a field ``(batch, axes, *space)``, the L2 regularisation of eq. (3)."""
+    change = [
+        (residual.narrow(axis, 1, residual.shape[axis] - 1) - residual.narrow(axis, 0, residual.shape[axis] - 1))
+        for axis in space_of(residual)
+    ]
+    return sum(one.float().square().mean() for one in change) / len(change)
+
+
+POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}  # by the number of axes
 
 
 class RegistrationLoss(NamedTuple):
@@ -91,9 +104,9 @@ def registration_loss(levels, source, target, weights, source_mask=None, target_
 
     Args:
         levels: from coarsest to finest, pairs (displacement D_i, residual field R_i), as MrRegNet gives them.
-        source, target: ``(batch, 1, height, width)`` at the finest level's size.
+        source, target: ``(batch, 1, *space)`` at the finest level's size.
         weights: smoothness weight lambda_i per level, coarsest first.
-        source_mask, target_mask: ``(batch, classes, height, width)``, for the joint phase; None in pre-training.
+        source_mask, target_mask: ``(batch, classes, *space)``, for the joint phase; None in pre-training.
 
     Returns:
         RegistrationLoss of scalars; ``smoothness`` is already weighted.
@@ -104,7 +117,7 @@ def registration_loss(levels, source, target, weights, source_mask=None, target_
     similarity = dice = smoothness = torch.zeros((), device=source.device)
     for (displacement, residual), weight in zip(reversed(levels), reversed(list(weights)), strict=True):
         if fixed.shape[-1] != displacement.shape[-1]:
-            moving, fixed = F.avg_pool2d(moving, 2), F.avg_pool2d(fixed, 2)
+            moving, fixed = (POOL[len(space_of(image))](image, 2) for image in (moving, fixed))
         warped = warp(moving, displacement)
         similarity = similarity + gncc_loss(warped[:, :1], fixed[:, :1])
         if guided:

@@ -23,7 +23,7 @@ def normalisation_layer(name, channels):
         return nn.Identity()
     if name == "instance":
         return nn.InstanceNorm2d(channels, affine=True)
-    raise ValueError(f"normalisation '{name}' in params.yaml is not one of none, instance")
+    raise ValueError(f"normalisation '{name}' is not one of none, instance")
 
 
 class ResidualBlock(nn.Module):

@@ -28,7 +28,7 @@ def segmentation_masks(network, images, n, generator, settings, flip, numerics):
         images: ``(batch, 1, height, width)``.
         n: N.
         generator: for the draws.
-        settings: section ``pseudo_masks`` (rotation, shift, contrast).
+        settings: rotation (degrees), shift (of the side) and contrast, half-widths of uniform ranges.
         flip: whether the anatomy is symmetric, so that mirrored images are valid ones.
 
     Returns:
@@ -110,14 +110,15 @@ def every_mask(networks, images, sources, source_masks, settings, flip, generato
         ValueError: there is no labelled image, or ``settings.sources`` is not random or best.
     """
     if len(sources) == 0:
-        raise ValueError("soft pseudo-masks need at least one labelled image: raise the rate in params.yaml")
+        raise ValueError("soft pseudo-masks need at least one labelled image: raise the rate")
     if settings.sources not in ("random", "best"):
-        raise ValueError(f"pseudo_masks.sources '{settings.sources}' in params.yaml is not one of random, best")
+        raise ValueError(f"pseudo_masks.sources '{settings.sources}' is not one of random, best")
     segmentation, registration = (network.eval() for network in networks)
     seen = segmentation_masks(segmentation, images, settings.n, generator, settings, flip, numerics)
     if settings.sources == "best":
-        choice = best_sources(registration, images, sources, source_masks, settings.n, settings.candidates, generator,
-                              numerics, matches)
+        choice = best_sources(
+            registration, images, sources, source_masks, settings.n, settings.candidates, generator, numerics, matches
+        )
     else:
         choice = draw_sources(len(images), len(sources), settings.n, generator, matches)
     warped, _, displacements = registration_masks(registration, images, sources, source_masks, choice, numerics)
@@ -125,15 +126,17 @@ def every_mask(networks, images, sources, source_masks, settings, flip, generato
 
 
 @torch.no_grad()
-def generate(networks, images, sources, source_masks, settings, flip, generator, numerics, label="pseudo-masks",
-             matches=None):
+def generate(
+    networks, images, sources, source_masks, settings, flip, generator, numerics, label="pseudo-masks", matches=None
+):
     """Soft pseudo-masks of ``images``, computed in batches.
 
     Args:
         networks: (ResidualUNet, MrRegNet).
         images: ``(images, 1, height, width)`` on the device.
         sources, source_masks: the labelled images and their masks.
-        settings: section ``pseudo_masks``.
+        settings: n (N), sources (random or best), candidates that ``best`` chooses from, and the rotation, shift and
+            contrast of ``segmentation_masks``.
         flip: whether the anatomy is symmetric.
         generator: for all draws.
         label: of the progress bar.
@@ -148,8 +151,9 @@ def generate(networks, images, sources, source_masks, settings, flip, generator,
     parts, size = [], numerics.batch(images)
     for start in tqdm(range(0, len(images), size), desc=label, unit="batch", leave=False):
         allowed = None if matches is None else matches[start : start + size]
-        seen, warped, displacements = every_mask(networks, images[start : start + size], sources, source_masks,
-                                                 settings, flip, generator, numerics, allowed)
+        seen, warped, displacements = every_mask(
+            networks, images[start : start + size], sources, source_masks, settings, flip, generator, numerics, allowed
+        )
         folds = torch.stack([folding(d) for d in displacements]).mean(0)
         parts.append(PseudoMasks(seen[0], seen.mean(0), warped.mean(0), torch.cat((seen, warped)).mean(0), folds))
     return PseudoMasks(*(torch.cat(part) for part in zip(*parts)))
@@ -167,7 +171,7 @@ def mean_confidence(soft, case=None):
     (p > 0.05), so that the empty background does not count. 1 where no pixel is marked.
 
     Args:
-        soft: ``(images, classes, height, width)``.
+        soft: ``(images, classes, *space)``.
         case: ``(images,)`` number of the volume, below ``images``, that each is a slice of: slices of one volume are
             averaged together, so that those in which little is marked weigh little. None: every image is a case.
 
@@ -175,8 +179,9 @@ def mean_confidence(soft, case=None):
         ``(images,)``, the same for all slices of a volume.
     """
     marked = (soft > 0.05).float()
-    total = (torch.maximum(soft, 1 - soft) * marked).sum(dim=(1, 2, 3))
-    count = marked.sum(dim=(1, 2, 3))
+    every = tuple(range(1, soft.ndim))
+    total = (torch.maximum(soft, 1 - soft) * marked).sum(dim=every)
+    count = marked.sum(dim=every)
     if case is not None:
         total, count = (torch.zeros_like(part).index_add(0, case, part)[case] for part in (total, count))
     return torch.where(count > 0, total / count.clamp_min(1), torch.ones_like(count))

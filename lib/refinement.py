@@ -5,12 +5,10 @@ network has left (as Balakrishnan et al., VoxelMorph, IEEE TMI 2019, section V-D
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lib.losses import gncc, smoothness_loss
-from lib.optimiser import AdamW
-from lib.warping import warp
+from lib.warping import interpolate, warp
 
 
 def refine(field, source, target, options):
@@ -20,22 +18,22 @@ def refine(field, source, target, options):
     which follows larger motion, then pixel by pixel.
 
     Args:
-        field: ``(batch, 2, height, width)`` in pixels.
-        source, target: ``(batch, 1, height, width)``.
-        options: section ``joint_plus.refinement``: control_points along the longer side, steps and rates (of the
-            image's side, per step) on the coarse and on the fine grid, smoothness.
+        field: ``(batch, axes, *space)`` in pixels.
+        source, target: ``(batch, 1, *space)``.
+        options: control_points along the longest side, steps and rates (of the image's side, per step) on the coarse
+            and on the fine grid, smoothness.
 
     Returns:
         A field as ``field``, float32. Each pair is refined by itself, whatever else is in the batch.
     """
     field = field.detach().float()
-    height, width = field.shape[-2:]
-    side = max(height, width)
-    coarse = [max(2, round(options.control_points * length / side)) for length in (height, width)]
-    for shape, steps, rate in zip((coarse, (height, width)), options.steps, options.rates):
-        change = torch.zeros(len(field), 2, *shape, device=field.device, requires_grad=True)
-        optimiser = AdamW([change], rate * side, fused=False)
-        moved = lambda: field + F.interpolate(change, size=(height, width), mode="bilinear", align_corners=False)
+    space, axes = field.shape[2:], field.shape[1]
+    side = max(space)
+    coarse = [max(2, round(options.control_points * length / side)) for length in space]
+    for shape, steps, rate in zip((coarse, space), options.steps, options.rates):
+        change = torch.zeros(len(field), axes, *shape, device=field.device, requires_grad=True)
+        optimiser = torch.optim.AdamW([change], rate * side, weight_decay=0, foreach=False)
+        moved = lambda: field + interpolate(change, space)
         for _ in range(steps):
             with torch.enable_grad():
                 whole = moved()
@@ -62,6 +60,6 @@ class Refined(nn.Module):
 
 
 def refined(networks, options):
-    """(ResidualUNet, MrRegNet) with the registration refined, where section ``joint_plus`` says so."""
+    """(ResidualUNet, MrRegNet), the registration refined by ``options.refinement`` where ``options.refine`` is set."""
     segmentation, registration = networks
     return (segmentation, Refined(registration, options.refinement)) if options.refine else networks

@@ -58,7 +58,7 @@ def coverage_order(network, data, order, settings, numerics, generator):
         network: MrRegNet, pre-trained without masks.
         data: Tensors.
         order: the random order of all training images; a subject's second slice comes after all first ones.
-        settings: section ``coverage`` of params.yaml: candidates to choose from and targets to cover.
+        settings: candidates to choose from, and how many targets to cover.
         generator: draws the targets.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Training: one resumable loop, and the two networks' own training on it (P1, sections 2.1, 2.3 and 3.2)."""
+"""Training: one resumable loop for every network (P1, sections 2.1 and 3.2)."""
 
 import copy
 import hashlib
@@ -10,16 +10,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from lib.augment import augment
-from lib.evaluation import dice
-from lib.experiment import resume, save_atomically, save_cost
-from lib.losses import registration_loss, soft_dice_loss
-from lib.models import pad_to_multiple
-from lib.optimiser import AdamW
-from lib.params import fingerprint, work_folder
-
 CHECKPOINT_SECONDS = 20
-NEAREST_OF = 8  # slices of volumes are paired with the nearest along the axis of so many
 HOST_STEPS = 10  # steps between two looks at the loss, each of which waits for the GPU
 
 
@@ -28,7 +19,7 @@ def learning_rate(schedule, peak, step, steps):
     if schedule == "constant":
         return peak
     if schedule != "one_cycle":
-        raise ValueError(f"schedule '{schedule}' in params.yaml is not one of constant, one_cycle")
+        raise ValueError(f"schedule '{schedule}' is not one of constant, one_cycle")
     warm = max(1, steps // 10)
     if step < warm:
         return peak * (1 - math.cos(math.pi * (step + 1) / warm)) / 2
@@ -90,8 +81,23 @@ class Best:
         network.load_state_dict({**network.state_dict(), **self.weights})
 
 
-def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, key, label, validate=None, checks=20,
-        after_step=None, watch=None, parts=("",)):
+def fit(
+    network,
+    batch_loss,
+    *,
+    steps,
+    peak,
+    schedule,
+    weight_decay,
+    generator,
+    label,
+    checkpoint=None,
+    validate=None,
+    checks=20,
+    after_step=None,
+    watch=None,
+    parts=("",),
+):
     """Train ``network`` by Adam; a killed run started again ends with the same weights, bit for bit.
 
     Args:
@@ -100,8 +106,9 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
         steps: optimiser steps.
         peak, schedule, weight_decay: learning rate and its course (see learning_rate); decoupled weight decay.
         generator: for all draws; its state is part of the checkpoint.
-        key: fingerprint of settings, data and initial weights. Names the checkpoint under work/checkpoints.
         label: of the progress bar.
+        checkpoint: where an interrupted run is kept, such as runs.cabinet.Checkpoint: ``load()`` gives the dictionary
+            that was last given to ``save(contents)``, or None. None keeps nothing.
         validate: function of the network that gives a score, or a list of them, one for each of ``parts``; the weights
             of the best score are kept.
         checks: how many times it is called, evenly spaced.
@@ -117,36 +124,38 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
     """
     device = next(network.parameters()).device
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimiser = AdamW(trained, peak, weight_decay)
-    file = work_folder("checkpoints", f"{key}.pt")
+    optimiser = torch.optim.AdamW(trained, peak, weight_decay=weight_decay, fused=True)
     columns = ["validation", *(f"validation {part}" for part in parts[1:])]
     history, watched, best, start, before = [], [], Best(parts), 0, 0.0
-    saved = resume(file, key, device)
+    saved = checkpoint.load() if checkpoint else None
     if saved:
         network.load_state_dict(saved["network"])
-        optimiser.load_state_dict(saved["optimiser"])
+        optimiser.load_state_dict({**optimiser.state_dict(), **saved["optimiser"]})  # old ones have the state alone
         generator.set_state(saved["generator"].cpu())
         history, watched, before = saved["history"], saved["watched"], saved["seconds"]
         best, start = Best(parts, listed(saved["best_score"]), saved["best"]), saved["step"]
     clock = Clock(device)
 
-    def checkpoint(step):
-        save_atomically(
-            {
-                "fingerprint": key, "step": step, "network": network.state_dict(), "history": history,
-                "optimiser": optimiser.state_dict(), "generator": generator.get_state(),
-                "best": best.weights, "best_score": best.scores, "watched": watched,
-                "seconds": before + clock.read(),
-            },
-            file,
-        )
+    def contents(step):
+        return {
+            "step": step,
+            "network": network.state_dict(),
+            "history": history,
+            "optimiser": optimiser.state_dict(),
+            "generator": generator.get_state(),
+            "best": best.weights,
+            "best_score": best.scores,
+            "watched": watched,
+            "seconds": before + clock.read(),
+        }
 
     pending, saved_at = [], time.monotonic()
     bar = tqdm(total=steps, initial=start, desc=label, unit="step", mininterval=1)
     for step in range(start, steps):
         network.train()
         rate = learning_rate(schedule, peak, step, steps)
-        optimiser.rate = rate
+        for group in optimiser.param_groups:
+            group["lr"] = rate
         losses = batch_loss(generator, step)
         optimiser.zero_grad()
         next(iter(losses.values())).backward()
@@ -160,7 +169,7 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
             for (number, at_rate, _), row in zip(pending, values):
                 if not all(map(math.isfinite, row)):
                     raise FloatingPointError(
-                        f"{label}: the loss is not finite at step {number}; lower the learning rate in params.yaml"
+                        f"{label}: the loss is not finite at step {number}; lower the learning rate"
                     )
                 history.append({"step": number, "learning_rate": at_rate, **dict(zip(losses, row))})
             pending = []
@@ -171,8 +180,8 @@ def fit(network, batch_loss, *, steps, peak, schedule, weight_decay, generator, 
                 if watch:
                     watched.append((step + 1, watch(network)))
                 best.update(network, scores)
-            if last or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                checkpoint(step + 1)
+            if checkpoint and (last or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
+                checkpoint.save(contents(step + 1))
                 saved_at = time.monotonic()
         bar.update()
         clock.read()
@@ -188,9 +197,7 @@ def listed(scores):
 
 def draw_indices(count, batch, generator):
     """``(batch,)`` random indices below ``count``, all different where there are enough."""
-    order = [
-        torch.randperm(count, generator=generator, device=generator.device) for _ in range(-(-batch // count))
-    ]
+    order = [torch.randperm(count, generator=generator, device=generator.device) for _ in range(-(-batch // count))]
     return torch.cat(order)[:batch]
 
 
@@ -210,138 +217,3 @@ def weights_digest(network):
     for value in network.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def train_segmentation(experiment, network, images, masks, *, steps, peak, label, names):
-    """Minimise the soft Dice loss, eq. (1), of ``network`` on images and (soft) masks.
-
-    Args:
-        experiment: Experiment.
-        network: ResidualUNet, trained in place.
-        images, masks: ``(n, 1, height, width)`` and ``(n, classes, height, width)`` on the device.
-        steps: of the optimiser.
-        peak: learning rate.
-        label: of the progress bar.
-        names: words and numbers that seed the draws and name the work.
-
-    Returns:
-        Fit. The network ends with the weights that were best on the validation images.
-    """
-    settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
-    options = settings.segmentation
-
-    def batch_loss(generator, step):
-        index = draw_indices(len(images), options.batch, generator)
-        batch, target = images[index], masks[index]
-        if options.augmentation == "strong":
-            batch, target = augment(batch, target, generator, settings.augmentation, data.symmetric)
-        with numerics.autocast():
-            prediction = network.segment(batch)
-        return {"loss": soft_dice_loss(prediction, target, experiment.pooled)}
-
-    key = fingerprint(experiment.origin, "segmentation", options, names, steps, peak, weights_digest(network),
-                      sums_of(images, masks))
-    return fit(
-        network, batch_loss, steps=steps, peak=peak, schedule=options.schedule, weight_decay=options.weight_decay,
-        generator=numerics.generator(settings.seed, *names), key=key, label=label,
-        validate=lambda trained: validation_dice(experiment, trained),
-    )
-
-
-def train_registration(experiment, network, images, masks, *, steps, peak, label, names, smoothness=None,
-                       positions=None):
-    """Minimise the registration objective, eq. (3), of ``network`` on random pairs of images.
-
-    Args:
-        masks: ``(n, classes, height, width)`` that guide the registration, or None in pre-training.
-        steps: of the optimiser.
-        smoothness: weights, coarsest level first; None for those of the settings.
-        positions: ``(n,)`` of the images along the axis of their volumes: each is then paired with the nearest of
-            NEAREST_OF drawn ones; None pairs at random.
-        The other arguments are those of train_segmentation.
-
-    Returns:
-        Fit. The network ends with the weights of the last step.
-    """
-    settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
-    options = settings.registration
-    smoothness = smoothness or options.smoothness
-
-    def batch_loss(generator, step):
-        index = draw_indices(len(images), 2 * options.batch, generator)
-        if positions is not None:
-            drawn = torch.randint(len(images), (options.batch, NEAREST_OF), generator=generator, device=index.device)
-            distance = (positions[drawn] - positions[index[: options.batch], None]).abs()
-            index[options.batch :] = drawn.gather(1, distance.argmin(1, keepdim=True))[:, 0]
-        batch = images[index]
-        guides = masks[index] if masks is not None else images[index, :0]
-        if options.augmentation == "strong":
-            batch, guides = augment(batch, guides, generator, settings.augmentation, data.symmetric)
-        (both,) = pad_to_multiple(torch.cat((batch, guides), 1))
-        batch, guides = both[:, :1], both[:, 1:]
-        half = options.batch
-        with numerics.autocast():
-            levels = network(batch[:half], batch[half:])
-        pair = (guides[:half], guides[half:]) if masks is not None else (None, None)
-        losses = registration_loss(levels, batch[:half], batch[half:], smoothness, *pair)
-        named = {"loss": losses.total, "similarity": losses.similarity, "smoothness": losses.smoothness}
-        return named if masks is None else {**named, "dice": losses.dice}
-
-    key = fingerprint(experiment.origin, "registration", options, smoothness, names, steps, peak,
-                      weights_digest(network), sums_of(images, masks))
-    return fit(
-        network, batch_loss, steps=steps, peak=peak, schedule=options.schedule, weight_decay=options.weight_decay,
-        generator=numerics.generator(settings.seed, *names), key=key, label=label,
-    )
-
-
-@torch.no_grad()
-def validation_dice(experiment, network):
-    """Mean DSC of the segmentation network on the validation images."""
-    network.eval()
-    data, masks = experiment.data, []
-    images = data.images[data.validation]
-    for batch in images.split(experiment.numerics.batch(images)):
-        with experiment.numerics.autocast():
-            masks.append(network.segment(batch))
-    return float(dice(torch.cat(masks), data.masks[data.validation]).mean())
-
-
-def pretrain_segmentation(experiment):
-    """Iteration 0 of the segmentation network: the labelled images alone (P1, section 2.1). Also the FS baseline.
-
-    Returns:
-        (ResidualUNet, Fit). The weights are saved under work/models.
-    """
-    options, data = experiment.settings.segmentation, experiment.data
-    network = experiment.segmentation_network()
-    found = train_segmentation(
-        experiment, network, data.images[data.labelled], data.masks[data.labelled],
-        steps=steps_of(options.epochs, len(data.labelled), options.batch, options.max_steps),
-        peak=options.learning_rate, label="segmentation", names=("segmentation", "pretraining"),
-    )
-    save_network(experiment, "segmentation", network, found)
-    return network, found
-
-
-def pretrain_registration(experiment):
-    """Iteration 0 of the registration network: random pairs of all training images, no masks (P1, section 2.1).
-
-    Returns:
-        (MrRegNet, Fit). The weights are saved under work/models.
-    """
-    options, data = experiment.settings.registration, experiment.data
-    network = experiment.registration_network()
-    found = train_registration(
-        experiment, network, data.images[data.train], None,
-        steps=steps_of(options.epochs, len(data.train), options.batch), peak=options.learning_rate,
-        label="registration", names=("registration", "pretraining"), positions=data.positions(data.train),
-    )
-    save_network(experiment, "registration", network, found)
-    return network, found
-
-
-def save_network(experiment, stage, network, found):
-    """Save what a stage has trained, what was watched, and what it cost."""
-    save_atomically({"network": network.state_dict(), "watched": found.watched}, experiment.model_file(stage))
-    save_cost(experiment, stage, found.seconds)

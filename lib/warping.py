@@ -10,30 +10,30 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # torch's names, by the number of axes
+
 
 @lru_cache(maxsize=32)
-def pixel_grid(height, width, device):
-    """Pixel coordinates, row then column, as ``(1, 2, height, width)`` float32."""
-    rows = torch.arange(height, device=device, dtype=torch.float32)
-    columns = torch.arange(width, device=device, dtype=torch.float32)
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
+def pixel_grid(space, device):
+    """Coordinates of every pixel, one channel an axis: ``(1, axes, *space)`` float32."""
+    axes = [torch.arange(side, device=device, dtype=torch.float32) for side in space]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
 
 def sample(image, coordinates, padding="border"):
-    """``image`` at ``coordinates``, bilinear.
+    """``image`` at ``coordinates``, linear between pixels.
 
     Args:
-        image: ``(batch, channels, height, width)``.
-        coordinates: ``(batch, 2, h, w)`` in pixels of ``image``, row then column.
+        image: ``(batch, channels, *space)``.
+        coordinates: ``(batch, axes, *grid)`` in pixels of ``image``, axes in the order of ``space``.
         padding: ``border`` repeats the edge, ``zeros`` is 0 outside.
 
     Returns:
-        ``(batch, channels, h, w)`` in the type of ``image``, computed in float32.
+        ``(batch, channels, *grid)`` in the type of ``image``, computed in float32.
     """
-    height, width = image.shape[-2:]
-    rows = coordinates[:, 0] * (2 / max(height - 1, 1)) - 1
-    columns = coordinates[:, 1] * (2 / max(width - 1, 1)) - 1
-    grid = torch.stack((columns, rows), dim=-1)
+    # grid_sample takes coordinates in [-1, 1], last axis first
+    scaled = [coordinates[:, axis] * (2 / max(side - 1, 1)) - 1 for axis, side in enumerate(image.shape[2:])]
+    grid = torch.stack(scaled[::-1], dim=-1)
     return F.grid_sample(image.float(), grid, padding_mode=padding, align_corners=True).to(image.dtype)
 
 
@@ -41,16 +41,20 @@ def warp(image, displacement):
     """f_D of P1: ``image`` sampled at ``x + displacement(x)``, border padding.
 
     Args:
-        image: ``(batch, channels, height, width)``, images and masks alike.
-        displacement: ``(batch, 2, height, width)`` in pixels.
+        image: ``(batch, channels, *space)``, images and masks alike.
+        displacement: ``(batch, axes, *space)`` in pixels.
     """
-    height, width = displacement.shape[-2:]
-    return sample(image, pixel_grid(height, width, displacement.device) + displacement)
+    return sample(image, pixel_grid(displacement.shape[2:], displacement.device) + displacement)
 
 
 def upsample_displacement(displacement):
     """The same motion on a grid of twice the size: values doubled, since pixels are half as large."""
-    return 2 * F.interpolate(displacement, scale_factor=2, mode="bilinear", align_corners=False)
+    return 2 * interpolate(displacement, [2 * side for side in displacement.shape[2:]])
+
+
+def interpolate(values, space):
+    """Values ``(batch, channels, *any)`` on a grid of the size ``space``, linear between the old grid's points."""
+    return F.interpolate(values, size=tuple(space), mode=LINEAR[len(space)], align_corners=False)
 
 
 def compose(first, second):
@@ -61,18 +65,34 @@ def compose(first, second):
 def jacobian_determinant(displacement):
     """Determinant of the Jacobian of ``x + displacement(x)``, by central differences.
 
+    Args:
+        displacement: ``(batch, axes, *space)`` in pixels, of two or three axes.
+
     Returns:
-        ``(batch, height, width)``; 1 where nothing moves, non-positive where the map folds.
+        ``(batch, *space)``; 1 where nothing moves, non-positive where the map folds.
     """
-    d_rows, d_columns = torch.gradient(displacement.float(), dim=(2, 3))
-    return (1 + d_rows[:, 0]) * (1 + d_columns[:, 1]) - d_rows[:, 1] * d_columns[:, 0]
+    axes = displacement.shape[1]
+    change = torch.gradient(displacement.float(), dim=list(range(2, 2 + axes)))
+    # row k: how the map's component k changes along every axis
+    rows = [[change[along][:, k] + (k == along) for along in range(axes)] for k in range(axes)]
+    return determinant(rows)
+
+
+def determinant(rows):
+    """Determinant of square matrices, by expansion along the first row; entries are tensors of one shape."""
+    if len(rows) == 1:
+        return rows[0][0]
+    minor = lambda k: determinant([row[:k] + row[k + 1 :] for row in rows[1:]])
+    return sum((-1) ** k * rows[0][k] * minor(k) for k in range(len(rows)))
 
 
 def folding(displacement):
     """Share of pixels with a non-positive Jacobian determinant, per field: ``(batch,)`` in [0, 1]."""
-    return (jacobian_determinant(displacement) <= 0).float().mean(dim=(1, 2))
+    space = tuple(range(1, displacement.ndim - 1))
+    return (jacobian_determinant(displacement) <= 0).float().mean(dim=space)
 
 
 def inverse_consistency_error(there, back):
     """Mean distance in pixels by which there and back again misses the start, per pair of fields: ``(batch,)``."""
-    return compose(there, back).square().sum(dim=1).sqrt().mean(dim=(1, 2))
+    space = tuple(range(1, there.ndim - 1))
+    return compose(there, back).square().sum(dim=1).sqrt().mean(dim=space)

@@ -19,11 +19,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import DataError, own, params, segment
-from lib.folder import nifti_files
-from lib.intake import take_in
+from lib import DataError
 from lib.models import ResidualUNet
-from lib.store import Store
+from lib.runs import params
+from lib.scans import __main__ as command
+from lib.scans.folder import nifti_files
+from lib.scans.intake import take_in
+from lib.scans.segment import segment_folder
+from lib.scans.store import Store
 from test_own import fill, scan
 
 SMALL = {"scale": "smoke", "folder.size": 32, "scales.smoke.segmentation.max_steps": 2, "pseudo_masks.n": 1,
@@ -39,26 +42,26 @@ def settings_for(folder, **changes):
 
 
 def outcome(folder):
-    """All bytes of a finished run, but for checkpoints and costs, which hold times, and logs, in any order."""
+    """All bytes of a finished run, but for checkpoints, costs and logs, which hold times, in any order."""
     files = [file for file in (folder / "out").rglob("*") if file.is_file()]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files
-            if not {"checkpoints", "slices", "cases.jsonl", "cost.json"} & {*file.parts}}
+            if not {"checkpoints", "slices", "cases.jsonl", "costs"} & {*file.parts}}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder that has been segmented without an accident, and what came out."""
     folder = fill(tmp_path_factory.mktemp("own") / "mé dossier 影像", cases=7, labelled=5, slices=1)
-    own.segment_folder(settings_for(folder))
+    segment_folder(settings_for(folder))
     return folder, outcome(folder)
 
 
 def start(folder, log):
     """The command, on a folder, as a process of its own."""
-    command = [sys.executable, "-m", "lib.segment", folder / "images", folder / "out", "--masks", folder / "masks"]
-    command += [word for key, value in SMALL.items() for word in ("-S", f"{key}={value}")]
+    words = [sys.executable, "-m", "lib.scans", folder / "images", folder / "out", "--masks", folder / "masks"]
+    words += [word for key, value in SMALL.items() for word in ("-S", f"{key}={value}")]
     with open(log, "wb") as stream:
-        return subprocess.Popen(command, cwd=params.ROOT, stdout=stream, stderr=stream)
+        return subprocess.Popen(words, cwd=params.ROOT, stdout=stream, stderr=stream)
 
 
 STAGES = [
@@ -79,7 +82,7 @@ def test_a_run_stopped_in_every_stage_ends_with_the_same_bytes(tmp_path):
         assert time.monotonic() < limit and process.poll() is None, log.read_text()
         time.sleep(0.005)
     with pytest.raises(DataError, match="another run is at work"):
-        own.segment_folder(settings_for(whole))
+        segment_folder(settings_for(whole))
     assert process.wait() == 0, log.read_text()
     for number, reached in STAGES:
         process = start(stopped, log)
@@ -142,7 +145,7 @@ def struck_at_every_write(folder, accident):
         if not child:
             os.fsync = strike
             try:
-                segment.segment(settings_for(folder))
+                command.segment(settings_for(folder))
                 os._exit(0)
             except DataError as error:
                 said.write_text(str(error))
@@ -158,7 +161,7 @@ def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, a
     """Also what the clock cannot aim at: leaving cases out in turn, calibration, model, summary and pictures."""
     whole, struck = (fill(tmp_path / name / "folder", cases=3, labelled=2, slices=1) for name in ("whole", "struck"))
     call = "import sys, json, test_accidents; print(json.dumps(test_accidents.struck_at_every_write(*sys.argv[1:])))"
-    segment.segment(settings_for(whole))
+    command.segment(settings_for(whole))
     surroundings = {"PYTHONPATH": f"{params.ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     done = subprocess.run([sys.executable, "-c", call, str(struck), accident], capture_output=True, text=True,
                           cwd=params.ROOT, env={**os.environ, **surroundings})
@@ -190,13 +193,13 @@ def test_a_signal_that_python_loses_is_raised_again(tmp_path, monkeypatch, capsy
         came_through.append("the stop")
 
     came_through = []
-    monkeypatch.setattr(segment, "segment_folder", work)
-    monkeypatch.setattr(segment, "AGAIN", 0.2)
+    monkeypatch.setattr(command, "segment_folder", work)
+    monkeypatch.setattr(command, "AGAIN", 0.2)
     monkeypatch.setattr(sys, "argv", ["own", str(tmp_path), str(tmp_path / "out")])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     try:
         with pytest.raises(SystemExit) as left:
-            segment.main()
+            command.main()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -218,7 +221,7 @@ def test_files_cut_short_or_changed_are_made_again(finished, spoil):
     for file in [*(folder / "out" / "work").rglob("*.*"), folder / "out" / "model.safetensors"]:
         if file.is_file():
             file.write_bytes(spoil(file.read_bytes()))
-    own.segment_folder(settings_for(folder))
+    segment_folder(settings_for(folder))
     after = outcome(folder)
     assert sorted(after) == sorted(before)
     assert [name for name in before if after[name] != before[name]] == []
@@ -241,15 +244,15 @@ def test_a_full_disk_stops_the_run_and_nothing_finished_is_lost(finished, tmp_pa
     new = fill(tmp_path / folder.name, cases=7, labelled=5, slices=1)
     for size in (3_000, 60_000, 2_000_000):  # reached in reading, by the cohort and by the weights
         with disk_of(size), pytest.raises(DataError, match="cannot be written to .*File too large.*make room; what is finished is kept"):
-            own.segment_folder(settings_for(new))
+            segment_folder(settings_for(new))
         assert not list((new / "out").rglob("*partial*"))
     assert len(Store(new / "out" / "work" / "slices" / "32", 32).index) == 7
     lost = folder / "out" / "case 3_confidence.nii.gz"
     lost.unlink()
     with disk_of(300), pytest.raises(DataError, match="cannot be written to .*File too large.*make room; what is finished is kept"):
-        own.segment_folder(settings_for(folder))
+        segment_folder(settings_for(folder))
     assert {name: content for name, content in before.items() if "case 3_conf" not in name} == outcome(folder)
-    own.segment_folder(settings_for(folder))
+    segment_folder(settings_for(folder))
     assert lost.read_bytes() == before["out/" + lost.name]
 
 
@@ -279,7 +282,7 @@ def test_what_may_not_be_read_or_written_is_named():
         with unprivileged():
             intake = take_in(settings_for(folder).folder, store)
             with pytest.raises(DataError, match="out cannot be written to .Permission denied.: give another output"):
-                own.segment_folder(settings_for(folder))
+                segment_folder(settings_for(folder))
         assert [case.name for case in intake.cases] == ["case 1"]
         assert "case 0.nii.gz cannot be read (Permission denied)" in intake.failures["case 0"]
         (folder / "images").chmod(0)
@@ -310,7 +313,7 @@ def test_one_labelled_image_and_little_memory_give_masks_that_are_all_to_be_revi
     memory.most = 8
     settings = settings_for(folder)
     settings.segmentation["batch"] = 16
-    table = own.segment_folder(settings)
+    table = segment_folder(settings)
     assert "training: out of memory with batches of 1/1" in capsys.readouterr().out
     assert (table["status"] == "done").all() and table["predicted_dsc"].isna().all() and table["review"].all()
     assert pd.read_csv(folder / "out" / "held_out.csv").empty
@@ -324,13 +327,13 @@ def test_the_command_names_what_failed_and_its_status_says_so(finished, tmp_path
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["own", str(folder / "images"), str(folder / "out"), "--model", model])
     with pytest.raises(SystemExit) as left:
-        segment.main()
+        command.main()
     said = capsys.readouterr()
     assert left.value.code == 1 and "1 of 3 cases are segmented, 3 to be reviewed" in said.out
     assert "failed: bad: " in said.err and "none.nii.gz is empty: export or download it again" in said.err
     monkeypatch.setattr(sys, "argv", ["own", str(folder / "nowhere"), str(folder / "out"), "--model", model])
     with pytest.raises(SystemExit, match="error: .*nowhere is not a folder: give the one that holds the images"):
-        segment.main()
+        command.main()
 
 
 def test_out_of_memory_is_met_with_smaller_batches_and_loses_nothing(finished, tmp_path, memory):
@@ -338,19 +341,19 @@ def test_out_of_memory_is_met_with_smaller_batches_and_loses_nothing(finished, t
     model = str(folder / "out" / "model.safetensors")
     deep = fill(tmp_path, cases=1, labelled=0, slices=300)
     memory.most = 100
-    table = own.segment_folder(settings_for(deep, masks="", model=model))
+    table = segment_folder(settings_for(deep, masks="", model=model))
     assert table["status"].tolist() == ["done"] and table["slices"].tolist() == [300]
     mask = (deep / "out" / "case 0_mask.nii.gz").read_bytes()
     memory.most = 0
     nib.save(nib.Nifti1Image(scan(9)[0], np.eye(4)), deep / "images" / "new.nii.gz")
-    table = own.segment_folder(settings_for(deep, masks="", model=model))
+    table = segment_folder(settings_for(deep, masks="", model=model))
     assert table["status"].tolist() == ["done", "failed"] and "out of memory even with an eighth" in table["note"][1]
     assert (deep / "out" / "case 0_mask.nii.gz").read_bytes() == mask
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / "out" / "model.safetensors").unlink()
     shutil.rmtree(copy / "out" / "work" / "checkpoints")
     with pytest.raises(DataError, match="training: out of memory even with an eighth of the batch: lower folder.size"):
-        own.segment_folder(settings_for(copy))
+        segment_folder(settings_for(copy))
     kept = {name: content for name, content in before.items() if "_mask" in name or "_conf" in name or ".csv" in name}
     assert len(kept) == 16 and kept.items() <= outcome(copy).items()
 
@@ -364,4 +367,4 @@ def test_empty_masks_are_noted_and_nothing_but_empty_masks_is_an_error(tmp_path)
             intake = take_in(settings_for(folder).folder, Store(tmp_path / "slices", 32))
             assert list(intake.notes) == ["case 0"] and "marks nothing" in intake.notes["case 0"]
     with pytest.raises(DataError, match="mark nothing: draw at least one structure"):
-        own.segment_folder(settings_for(folder))
+        segment_folder(settings_for(folder))

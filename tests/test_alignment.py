@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib import alignment
-from lib.evaluation import dice
+from lib.methods.cctr import alignment
+from lib.metrics import dice
 from lib.warping import warp
 
 

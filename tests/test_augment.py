@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lib import augment, params
+from lib import augment
+from lib.runs import params
 
 
 def smooth_mask(size=64):

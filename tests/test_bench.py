@@ -1,6 +1,6 @@
 import json
 
-from lib import bench, params
+from lib.runs import bench, params
 
 
 def test_the_benchmark_measures_both_ways_and_writes_what_the_readme_shows(tmp_path, monkeypatch, capsys):

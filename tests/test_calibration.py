@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import calibration
+from lib.results import calibration
 
 
 def test_probabilities_that_are_frequencies_are_calibrated():

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from lib import classical, params
+from lib.methods import classical
+from lib.runs import params
 
 
 def blob(row, column, side=48):

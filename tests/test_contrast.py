@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import contrast, params
 from lib.augment import Affine, draw_affine
+from lib.methods.cctr import contrast
+from lib.runs import params
 from lib.warping import pixel_grid
 
 OPTIONS = params.Section(threshold=0.8, anchors=50, negatives=40, temperature=0.5)
@@ -129,10 +130,10 @@ def test_positives_are_looked_up_at_the_corresponding_pixel():
     bank.features[0, 0] = 1
     bank.features[0, :, 5, 9] = torch.tensor([0.0, 1.0])  # covers pixels 10, 11 and 18, 19
     displacement = torch.tensor([4.0, -6.0]).reshape(1, 2, 1, 1)
-    coordinates = pixel_grid(side, side, torch.device("cpu")) + displacement
+    coordinates = pixel_grid((side, side), torch.device("cpu")) + displacement
     found, known = bank.look_up(torch.tensor([0]), coordinates)
     assert found[0, :, 6, 24].tolist() != [1.0, 0.0]
-    exact = (pixel_grid(side, side, torch.device("cpu")) * 0 + torch.tensor([10.5, 18.5]).reshape(1, 2, 1, 1))
+    exact = (pixel_grid((side, side), torch.device("cpu")) * 0 + torch.tensor([10.5, 18.5]).reshape(1, 2, 1, 1))
     assert torch.allclose(bank.look_up(torch.tensor([0]), exact)[0][0, :, 0, 0], torch.tensor([0.0, 1.0]), atol=1e-5)
     assert not known[0, 31, 16] and known[0, 10, 16]  # four rows below the last there is nothing
 
@@ -140,7 +141,7 @@ def test_positives_are_looked_up_at_the_corresponding_pixel():
 def test_counterparts_are_what_the_bank_has_at_the_corresponding_places():
     """Two volumes: the first labelled image lies 4 pixels lower than the unlabelled one, the second is unknown."""
     side, stride = 32, 2
-    grid = pixel_grid(side, side, torch.device("cpu"))
+    grid = pixel_grid((side, side), torch.device("cpu"))
     bank = contrast.Bank(2, (2, side // stride, side // stride), stride)
     bank.seen[0] = 1
     angle = F.avg_pool2d(grid[:, :1] / side, stride)  # a feature says in which row it is

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from lib import DataError, folder
-from lib.volumes import scaled
+from lib import DataError
+from lib.cohorts import reading
+from lib.cohorts.volumes import scaled
+from lib.scans import folder
 
 
 def write(file, array, affine=None, kind=nib.Nifti1Image):
@@ -29,10 +31,10 @@ def noise(*shape):
 def test_what_is_read_is_written_back_onto_the_same_voxels(tmp_path, codes, axis, kind):
     """A volume stored in any orientation reads as one and the same, upright, and is written back as it was stored."""
     canonical = noise(5, 6, 7)
-    change = ornt_transform(folder.RAS, axcodes2ornt(codes))
+    change = ornt_transform(reading.RAS, axcodes2ornt(codes))
     stored = nib.apply_orientation(canonical, change)
     affine = np.diag([1.0, 2.0, 3.0, 1.0]) @ inv_ornt_aff(change, canonical.shape)
-    slices, grid = folder.read_scan(write(tmp_path / "a.nii.gz", stored, affine, kind), axis)
+    slices, grid = reading.read_scan(write(tmp_path / "a.nii.gz", stored, affine, kind), axis)
     across, up = [(1, 2), (0, 2), (0, 1)][axis]  # columns go right, or to the front; rows begin at the top, or the front
     assert np.array_equal(slices, np.flip(np.transpose(canonical, (axis, up, across)), 1))
     assert grid.spacing == pytest.approx([(1, 2, 3)[k] for k in (axis, up, across)]) and grid.slices == slices.shape
@@ -46,7 +48,7 @@ def test_what_is_read_is_written_back_onto_the_same_voxels(tmp_path, codes, axis
 @pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1), (1, 8, 9), (8, 1, 9), (8, 9, 4, 1)])
 def test_two_dimensional_images_and_trailing_ones_keep_their_shape(tmp_path, shape):
     array = noise(*shape)
-    slices, grid = folder.read_scan(write(tmp_path / "a.nii", array))
+    slices, grid = reading.read_scan(write(tmp_path / "a.nii", array))
     assert slices.shape[0] == (4 if 4 in shape else 1)
     folder.write_scan(slices.astype(np.int16), grid, tmp_path / "b.nii.gz")
     again = nib.load(tmp_path / "b.nii.gz")
@@ -58,7 +60,7 @@ def test_spacing_is_in_mm_whatever_the_files_unit(tmp_path, unit, mm):
     image = nib.Nifti1Image(noise(4, 5, 6), np.diag([2.0, 3.0, 4.0, 1.0]))
     image.header.set_xyzt_units(unit)
     nib.save(image, tmp_path / "a.nii")
-    assert folder.read_grid(tmp_path / "a.nii").spacing == pytest.approx((4 * mm, 3 * mm, 2 * mm))
+    assert reading.read_grid(tmp_path / "a.nii").spacing == pytest.approx((4 * mm, 3 * mm, 2 * mm))
 
 
 def test_a_mask_may_be_stored_the_other_way_round_on_the_same_grid(tmp_path):
@@ -68,7 +70,7 @@ def test_a_mask_may_be_stored_the_other_way_round_on_the_same_grid(tmp_path):
     affine[0, 3] = 3
     mask = write(tmp_path / "mask.nii", array[::-1], affine)
     labels = folder.read_case(folder.Case("a", image, mask))[1]
-    assert np.array_equal(labels, folder.read_scan(write(tmp_path / "same.nii", array))[0])
+    assert np.array_equal(labels, reading.read_scan(write(tmp_path / "same.nii", array))[0])
     affine[0, 3] = 4
     write(mask, array[::-1], affine)
     with pytest.raises(DataError, match="different affines"):
@@ -79,7 +81,7 @@ def test_a_mask_may_be_stored_the_other_way_round_on_the_same_grid(tmp_path):
 def test_files_that_were_written_here_are_known_until_they_are_changed(tmp_path, order):
     image = nib.Nifti1Image(noise(4, 5, 6), np.eye(4), nib.Nifti1Header(endianness=order))
     nib.save(image, tmp_path / "a.nii")
-    slices, grid = folder.read_scan(tmp_path / "a.nii")
+    slices, grid = reading.read_scan(tmp_path / "a.nii")
     for values in slices.astype(np.uint8), slices / 1000:
         folder.write_scan(values, grid, tmp_path / "b.nii.gz")
         assert not folder.is_others(tmp_path / "b.nii.gz")
@@ -107,7 +109,7 @@ def test_header_units_codes_and_scaling_survive(tmp_path):
     image.set_qform(image.affine, 1)
     image.header.set_slope_inter(2.0, 10.0)
     nib.save(image, tmp_path / "a.nii.gz")
-    slices, grid = folder.read_scan(tmp_path / "a.nii.gz")
+    slices, grid = reading.read_scan(tmp_path / "a.nii.gz")
     folder.write_scan((slices > 500).astype(np.uint8), grid, tmp_path / "b.nii.gz")
     again = nib.load(tmp_path / "b.nii.gz")
     assert again.header.get_xyzt_units() == ("mm", "sec") and again.get_data_dtype() == np.uint8
@@ -227,7 +229,7 @@ def test_bad_masks_are_errors_that_name_the_file(tmp_path, labels, affine, value
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    slices, grid = folder.read_scan(write(tmp_path / "a.nii.gz", noise(4, 5, 6)))
+    slices, grid = reading.read_scan(write(tmp_path / "a.nii.gz", noise(4, 5, 6)))
     folder.write_scan(slices, grid, tmp_path / "out.nii.gz")
     before = (tmp_path / "out.nii.gz").read_bytes()
 
@@ -306,6 +308,6 @@ def test_whatever_is_in_a_file_it_is_read_whole_or_refused_by_name(tmp_path, fil
     assert np.isfinite(scaled(slices)).all() and np.isfinite(grid.spacing).all() and min(grid.spacing) > 0
     assert labels is None or (labels.shape == slices.shape and labels.dtype == np.uint8)
     folder.write_scan((slices > 0).astype(np.uint8), grid, tmp_path / "b.nii.gz")
-    again, on = folder.read_scan(tmp_path / "b.nii.gz", axis)
+    again, on = reading.read_scan(tmp_path / "b.nii.gz", axis)
     assert np.array_equal(again, slices > 0) and on.shape == grid.shape
     assert np.allclose(on.affine, grid.affine, rtol=1e-3, atol=1e-3 * np.abs(grid.affine).max())

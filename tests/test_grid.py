@@ -4,7 +4,8 @@ import subprocess
 import pandas as pd
 import pytest
 
-from lib import grid, params, tables
+from lib.results import collecting, grid
+from lib.runs import params
 
 
 @pytest.fixture
@@ -43,13 +44,13 @@ def test_where_the_data_lie_and_what_computes_do_not_repeat_an_item(settings, mo
     assert grid.key_of(item, settings) != before
 
 
-def test_the_classical_reference_runs_once_a_rate_and_seed_beside_the_baseline(settings, monkeypatch):
+def test_untrained_methods_run_once_a_rate_and_seed_beside_the_baseline(settings, monkeypatch):
     for baseline in ("paper", "strong"):
         settings.baseline = baseline
         monkeypatch.setattr(grid.params, "load", lambda *a, **k: params.section(json.loads(json.dumps(settings))))
         asked = []
         monkeypatch.setattr(grid.subprocess, "run", lambda command, **_: (
-            asked.append(command[command.index("classical") + 1]) if "classical" in command else None,
+            asked.append(command[command.index("untrained") + 1]) if "untrained" in command else None,
             subprocess.CompletedProcess(command, 1, "", ""))[1])
         for item in (grid.Item("paper", 10, 1), grid.Item("strong", 10, 1), grid.Item("strong", 100, 1),
                      grid.Item("strong", 1, 1, "no pairs")):
@@ -87,7 +88,7 @@ def test_settings_of_other_methods_and_cohorts_do_not_repeat_an_item(settings):
 
 
 def fake_run(fails=()):
-    """Stands for lib.notebooks: writes what notebook 8 would write, and fails where told to."""
+    """Stands for lib.runs.notebooks: writes what notebook 8 would write, and fails where told to."""
     calls = []
 
     def run(command, **_):
@@ -140,12 +141,12 @@ def test_the_pipelines_own_results_take_precedence_over_the_grids(settings, tmp_
     result(tmp_path / "results" / settings.cohort / "items" / "1-seed_1", 1, 0.9)
     finish(grid_folder / "strong-1-seed_1", grid.Item("strong", 1, 1), settings)
     finish(grid_folder / "strong-1-seed_2", grid.Item("strong", 1, 2), settings)
-    per_image, _, _ = tables.collect(settings)
+    per_image, _, _ = collecting.collect(settings)
     assert per_image.set_index("seed")["dsc"].to_dict() == {1: 0.9, 2: 0.6}
     assert per_image["subject"].tolist() == ["007", "007"]
     with monkeypatch.context() as patch:
         patch.setenv("JOINT_SET", "scale=smoke,pseudo_masks.n=7")  # these would not come out of such settings
-        assert tables.collect(params.load())[0]["seed"].tolist() == [1]
+        assert collecting.collect(params.load())[0]["seed"].tolist() == [1]
     assert "of other settings or code" in capsys.readouterr().out
     (grid_folder / "strong-1-seed_2" / "item.json").unlink()  # it has not finished
-    assert tables.collect(settings)[0]["seed"].tolist() == [1]
+    assert collecting.collect(settings)[0]["seed"].tolist() == [1]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lib.joint_plus import Pairs, fusion_weight, match_histogram, warp_pairs
+from lib.methods.joint_plus import Pairs, fusion_weight, match_histogram, warp_pairs
 from lib.pseudo_masks import PseudoMasks, fuse
 from lib.warping import warp
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.mean_teacher import MeanTeacher, ramp_up
+from lib.methods.mean_teacher import MeanTeacher, ramp_up
 
 
 def test_the_teacher_is_the_exponential_moving_average_of_the_student():

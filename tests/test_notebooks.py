@@ -1,12 +1,8 @@
-import ast
-import re
-
 import nbformat
 import papermill
 import pytest
-from ruamel.yaml import YAML
 
-from lib import notebooks, params
+from lib.runs import notebooks
 
 
 @pytest.fixture
@@ -37,16 +33,3 @@ def test_a_failing_cell_is_an_error_and_the_copy_holds_its_traceback(folder):
     with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
         notebooks.run("example", {"number": 0}, folder / "copy.ipynb")
     assert "ZeroDivisionError" in (folder / "copy.ipynb").read_text()
-
-
-def test_a_stage_depends_on_every_module_that_its_notebook_imports():
-    """But params, whose file's values the stages name one by one."""
-    stages = YAML(typ="safe").load((params.ROOT / "dvc.yaml").read_text())["stages"].values()
-    named = {match.group(): stage for stage in stages if (match := re.search(r"\d\d_\w+", stage["cmd"]))}
-    assert len(named) == 10
-    for name, stage in named.items():
-        book = nbformat.read(params.ROOT / "notebooks" / f"{name}.ipynb", 4)
-        tree = ast.parse("\n".join(cell.source for cell in book.cells if cell.cell_type == "code"))
-        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module.startswith("lib")]
-        modules = {node.module[4:] or alias.name for node in imports for alias in node.names} - {"params"}
-        assert {f"lib/{module}.py" for module in modules} <= set(stage["deps"]), name

@@ -1,8 +1,12 @@
-"""The numbers that the names in lib.versions stand for: where these fail, change the names and the numbers."""
+"""The numbers that the names in lib.runs.versions stand for: where these fail, change the names and the numbers."""
 
 import pytest
 
-from lib import cctr, correspondence, experiment, joint_plus, mean_teacher, params, rounds, training, versions
+from lib.methods import joint, joint_plus, mean_teacher, pretraining
+from lib.methods.cctr import correspondence
+from lib.methods.cctr import train as cctr
+from lib.methods.experiment import Experiment
+from lib.runs import params, versions
 from test_training import made_up_cohort
 from test_volumes import made_up_volumes
 
@@ -48,12 +52,12 @@ def test_the_same_settings_give_the_numbers_that_the_names_stand_for(recipe, tmp
     settings.segmentation |= {"epochs": 20, "max_steps": 20}
     settings.joint_plus |= {"segmentation_epochs": 4}
     settings.joint_plus.refinement |= {"steps": [10, 20]}
-    made_up_cohort().save(experiment.cohort_file(settings))
-    trial = experiment.Experiment(settings)
-    found = {"segmentation": summary(training.pretrain_segmentation(trial)[1].history),
-             "registration": summary(training.pretrain_registration(trial)[1].history),
+    made_up_cohort().save(params.cohort_file(settings))
+    trial = Experiment(settings)
+    found = {"segmentation": summary(pretraining.pretrain_segmentation(trial)[1].history),
+             "registration": summary(pretraining.pretrain_registration(trial)[1].history),
              "mean_teacher": summary(mean_teacher.train_mean_teacher(trial)[1].history)}
-    for stage, train in (("joint", rounds.joint_rounds), ("joint_plus", joint_plus.joint_plus_rounds)):
+    for stage, train in (("joint", joint.joint_rounds), ("joint_plus", joint_plus.joint_plus_rounds)):
         measured, history = train(trial)
         last = measured.iloc[-1]
         found[stage] = [*summary(history), last["dsc_segmentation"], last["dsc_registration"]]
@@ -68,12 +72,12 @@ def test_cohorts_of_volumes_give_the_numbers_that_the_names_stand_for(tmp_path, 
     settings |= {"device": "cpu", "precision": "float32"}
     settings.segmentation |= {"epochs": 20, "max_steps": 20}
     settings.cctr |= {"steps": 20, "batch": 4, "threshold": 0.4}  # untrained networks are sure of little
-    made_up_volumes().save(experiment.cohort_file(settings))
-    trial = experiment.Experiment(settings)
-    found = {"segmentation": summary(training.pretrain_segmentation(trial)[1].history),
-             "registration": summary(training.pretrain_registration(trial)[1].history),
+    made_up_volumes().save(params.cohort_file(settings))
+    trial = Experiment(settings)
+    found = {"segmentation": summary(pretraining.pretrain_segmentation(trial)[1].history),
+             "registration": summary(pretraining.pretrain_registration(trial)[1].history),
              "mean_teacher": summary(mean_teacher.train_mean_teacher(trial)[1].history),
-             "joint": summary(rounds.joint_rounds(trial).history),
+             "joint": summary(joint.joint_rounds(trial).history),
              "joint_plus": summary(joint_plus.joint_plus_rounds(trial).history)}
     correspond = correspondence.stored_registration(trial)
     found["warped labels"] = correspondence.registration_scores(trial, correspond)["mean"][:2].tolist()

@@ -7,12 +7,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
-from lib import DataError, own, params, review
-from lib.folder import Case
-from lib.intake import build, chosen_slices, folds_of, subjects_of, take_in
-from lib.store import Store
-from lib.volumes import fit_labels
+from lib import DataError
+from lib.cohorts.volumes import fit_labels
+from lib.compute import Numerics
+from lib.results.evaluation import score
+from lib.runs import params
+from lib.scans import applying, review
+from lib.scans import segment as own
+from lib.scans.folder import Case, read_case
+from lib.scans.intake import build, chosen_slices, folds_of, subjects_of, take_in
+from lib.scans.model_file import load_model, save_model
+from lib.scans.store import Store
+from lib.scans.training import last_good_round, score_case
 
 
 def scan(seed, slices=3):
@@ -86,7 +94,7 @@ def test_every_case_gets_a_mask_and_a_confidence_map_on_its_own_grid(segmented):
 
 
 def test_fewer_than_five_labelled_cases_are_left_out_in_turn(segmented):
-    model = own.load_model(segmented[0] / "out" / "model.safetensors")
+    model = load_model(segmented[0] / "out" / "model.safetensors")
     assert len(model.networks) == 2 and model.about["values"] == [2, 7]
     assert segmented[1]["predicted_dsc"].between(0, 1).all()
     names = [f"c{k}" for k in range(10)]
@@ -111,13 +119,13 @@ def test_cases_of_one_subject_are_held_out_together():
 def test_few_held_out_cases_refuse_a_bad_round_and_do_not_choose_among_good_ones():
     measured = lambda *scores: pd.DataFrame([{"round": k, "split": split, "dsc_segmentation": score}
                                              for k, score in enumerate(scores) for split in ("validation", "unlabelled")])
-    assert own.last_good_round(measured(0.936, 0.91, 0.934)) == 2
-    assert own.last_good_round(measured(0.936, 0.93, 0.80)) == 1
+    assert last_good_round(measured(0.936, 0.91, 0.934)) == 2
+    assert last_good_round(measured(0.936, 0.93, 0.80)) == 1
 
 
 def test_worse_views_of_held_out_cases_say_what_low_confidence_means(segmented):
     """One pair for every held-out case and 20 for its views: the worse they are, the lower DSC and confidence."""
-    model = own.load_model(segmented[0] / "out" / "model.safetensors")
+    model = load_model(segmented[0] / "out" / "model.safetensors")
     rows = np.reshape(model.about["calibration"], (2, 21, 3))
     assert rows[0, :, 0].tolist() == [0] * 21 and rows[1, :, 0].tolist() == [1] * 21
     pairs = rows[:, :, 1:]
@@ -160,7 +168,7 @@ def test_no_mask_at_all_and_a_second_run_in_the_same_folder_are_errors(tmp_path,
     with pytest.raises(DataError, match="has a mask.*case 0.nii.gz and its mask .* have different affines"):
         own.segment_folder(settings_for(folder, monkeypatch))
     (folder / "masks" / "case 0.nii.gz").unlink()
-    with own.FileLock(folder / "out" / ".lock"), pytest.raises(DataError, match="another run is at work"):
+    with FileLock(folder / "out" / ".lock"), pytest.raises(DataError, match="another run is at work"):
         own.segment_folder(settings_for(folder, monkeypatch))
 
 
@@ -228,14 +236,14 @@ def test_a_single_slice_is_scored_as_an_image(segmented, tmp_path, monkeypatch):
     folder = fill(tmp_path, cases=1, labelled=1, slices=1)
     store = Store(tmp_path / "slices", 32)
     intake = take_in(settings_for(folder, monkeypatch).folder, store)
-    model = own.load_model(segmented[0] / "out" / "model.safetensors")
-    numerics = own.Numerics("cpu")
+    model = load_model(segmented[0] / "out" / "model.safetensors")
+    numerics = Numerics("cpu")
     (case,) = intake.cases
-    found, _ = own.score_case(model, case, store, np.array([0]), numerics)
-    _, truth, grid = own.read_case(case)
-    labels, *_ = own.segment(model, store.images("case 0"), np.array([0]), grid, numerics)
+    found, _ = score_case(model, case, store, np.array([0]), numerics)
+    _, truth, grid = read_case(case)
+    labels, *_ = applying.segment(model, store.images("case 0"), np.array([0]), grid, numerics)
     pair = [torch.stack([torch.as_tensor(part[0] == value) for value in (2, 7)])[None].float() for part in (labels, truth)]
-    expected = own.score(*pair, ["label 2", "label 7"], grid.spacing[1:])
+    expected = score(*pair, ["label 2", "label 7"], grid.spacing[1:])
     pd.testing.assert_frame_equal(found, expected)
 
 
@@ -264,18 +272,18 @@ def test_a_stop_between_mask_and_confidence_map_leaves_nothing_that_is_taken_for
     folder = shutil.copytree(segmented[0], tmp_path / "copy")
     settings = settings_for(folder, monkeypatch)
     before = {file.name: file.read_bytes() for file in (folder / "out").glob("case 3_*")}
-    model = own.load_model(folder / "out" / "model.safetensors")
+    model = load_model(folder / "out" / "model.safetensors")
     for value in model.networks[0].parameters():
         value.data.mul_(1.1)
-    own.save_model(model, tmp_path / "other.safetensors")
+    save_model(model, tmp_path / "other.safetensors")
 
-    def stop(slices, grid, file, write=own.write_scan):
+    def stop(slices, grid, file, write=applying.write_scan):
         if "case 3_confidence" in file.name:
             raise KeyboardInterrupt
         write(slices, grid, file)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(own, "write_scan", stop)
+        patch.setattr(applying, "write_scan", stop)
         other = settings_for(folder, monkeypatch, masks="", model=str(tmp_path / "other.safetensors"))
         own.segment_folder(other)
     assert (folder / "out" / "case 3_mask.nii.gz").read_bytes() != before["case 3_mask.nii.gz"]

@@ -4,7 +4,8 @@ import nbformat
 import pytest
 import torch
 
-from lib import compute, notebooks, params
+from lib import compute
+from lib.runs import notebooks, params
 
 
 def test_overrides_reach_the_setting(monkeypatch):
@@ -95,12 +96,12 @@ def test_prose_does_not_change_a_notebooks_code(tmp_path):
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("a"), nbformat.v4.new_code_cell("x = 1")])
     (tmp_path / "in").mkdir()
     texts = []
-    for prose in ("a", "b"):
-        book.cells[0].source = prose
+    for prose, code in (("a", "x = 1"), ("b", "x = 1"), ("b", "x = 2")):
+        book.cells[0].source, book.cells[1].source = prose, code
         nbformat.write(book, tmp_path / "in" / "book.ipynb")
         notebooks.extract(tmp_path / "in", tmp_path / "out")
         texts.append((tmp_path / "out" / "book.py").read_text())
-    assert texts[0] == texts[1] == "x = 1\n"
+    assert texts[0] == texts[1] != texts[2] and "x = 1" in texts[0].splitlines()
 
 
 def test_seeds_depend_on_every_name():

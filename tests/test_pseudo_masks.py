@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from lib import params, pseudo_masks
+from lib import pseudo_masks
 from lib.compute import Numerics
 from lib.models import MrRegNet, ResidualUNet
+from lib.runs import params
 
 
 @pytest.fixture

@@ -1,34 +1,50 @@
 import re
-import subprocess
 
 import pytest
 
-from lib import params
+from lib.results.pages import pages
+from lib.runs.params import ROOT
+
+PAGES = [*pages(), ROOT / "CONTRIBUTING.md"]
 
 
-TABLES = [*sorted(f"{file.parent.name}/{file.name}" for name in ("table1", "summary")
-                  for file in params.ROOT.glob(f"results/*/{name}.md")),
-          "hippocampus/ablation.md", "hippocampus/paper.md"]
+def anchors(page):
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("table", TABLES)
-def test_the_readmes_tables_are_the_results(table):
-    """Results that were regenerated with other settings differ from the README's, and from git's: then skip."""
-    file = params.ROOT / "results" / table
-    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", file], cwd=params.ROOT).returncode:
-        pytest.skip(f"{file} is not the committed one")
-    assert file.read_text() in (params.ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_picture_is_there(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in (link for link in links if not link.startswith("https://")):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
-def test_every_link_and_picture_is_there():
-    text = (params.ROOT / "README.md").read_text()
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
-    assert len(links) > 10
-    for link in links:
-        assert (params.ROOT / link).exists(), link
+def test_the_front_page_is_one_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) < 20_000 and text.count("\n") < 300
+    headline = text[text.index("<!-- table: headline -->") :]
+    rows = [line for line in headline[: headline.index("<!-- /table -->")].splitlines() if line.startswith("|")]
+    assert 2 < len(rows) <= 2 + 12
 
 
-def test_every_module_is_named():
-    text = (params.ROOT / "README.md").read_text()
-    for file in params.ROOT.glob("lib/[a-z]*.py"):
-        assert f"`{file.stem}`" in text, file.name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_modules_that_a_page_names_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:lib|notebooks|tests|results)/[\w/.\-]+\.(?:py|ipynb|csv|json|md|png))`", text))
+    named |= {f"{match.replace('.', '/')}" for match in re.findall(r"python -m (lib(?:\.\w+)+)", text)}
+    for name in named:
+        found = [ROOT / name, (ROOT / name).with_suffix(".py"), ROOT / name / "__main__.py"]
+        assert any(file.is_file() for file in found), name
+
+
+def test_every_target_of_the_makefile_that_a_page_names_is_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        named = re.findall(r"(?:^|`)make (\w+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for target in named:
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), (page.name, target)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lib import params
 from lib.losses import gncc
 from lib.refinement import Refined, refine, refined
+from lib.runs import params
 from lib.warping import folding, warp
 
 OPTIONS = params.Section(params.load().joint_plus.refinement | {"steps": [10, 20]})

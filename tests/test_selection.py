@@ -2,7 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from lib import experiment, joint_plus, params, selection, training
+from lib import selection
+from lib.compute import Numerics
+from lib.methods import joint_plus, pretraining
+from lib.methods.experiment import Experiment
+from lib.runs import params
 from test_training import made_up_cohort
 
 
@@ -26,7 +30,7 @@ def test_an_image_is_similar_to_itself_and_a_trained_registration_raises_similar
     images = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     everything = torch.arange(5)
     found = selection.similarities(Identity(), images, everything, everything[:3],
-                                   experiment.Numerics("cpu", "float32"))
+                                   Numerics("cpu", "float32"))
     assert found.shape == (5, 3) and found.diagonal().tolist() == pytest.approx([1, 1, 1])
     assert (found.fill_diagonal_(0) < 0.9).all()
 
@@ -34,20 +38,20 @@ def test_an_image_is_similar_to_itself_and_a_trained_registration_raises_similar
 def test_labelled_by_coverage_labels_other_images_and_keeps_them_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
     plain = params.load("strong")
-    made_up_cohort().save(experiment.cohort_file(plain))
-    before = experiment.Experiment(plain)
+    made_up_cohort().save(params.cohort_file(plain))
+    before = Experiment(plain)
     with pytest.raises(FileNotFoundError, match="run the notebook of the stage before"):
-        experiment.Experiment(params.load("strong", variant="labelled by coverage")).data.labelled
-    training.pretrain_segmentation(before)
-    training.pretrain_registration(before)
-    after = experiment.Experiment(params.load("strong", variant="labelled by coverage"))
+        Experiment(params.load("strong", variant="labelled by coverage")).data.labelled
+    pretraining.pretrain_segmentation(before)
+    pretraining.pretrain_registration(before)
+    after = Experiment(params.load("strong", variant="labelled by coverage"))
     first, second = before.data, after.data
     assert sorted(second.ordered.tolist()) == sorted(first.ordered.tolist())  # the same images, in another order
     assert second.labelled.tolist() != first.labelled.tolist() and len(second.labelled) == len(first.labelled) == 5
     assert not set(second.labelled.tolist()) & set(second.unlabelled.tolist())
-    again = experiment.Experiment(params.load("strong", variant="labelled by coverage"))
+    again = Experiment(params.load("strong", variant="labelled by coverage"))
     assert again.data.labelled.tolist() == second.labelled.tolist()
-    assert after.folder("segmentation") != before.folder("segmentation")
-    assert after.folder("registration") == before.folder("registration")
-    training.pretrain_segmentation(after)
+    assert after.cabinet.folder("segmentation") != before.cabinet.folder("segmentation")
+    assert after.cabinet.folder("registration") == before.cabinet.folder("registration")
+    pretraining.pretrain_segmentation(after)
     assert len(joint_plus.joint_plus_rounds(after).measured)

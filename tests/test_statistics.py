@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lib import statistics
+from lib.results import statistics
 
 
 def test_wilcoxon_is_scipys_and_its_effect_has_the_sign_of_the_difference():

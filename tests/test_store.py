@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from lib import DataError, store
+from lib import DataError
+from lib.scans import store
 
 
 def slices(seed, count=3, size=8):

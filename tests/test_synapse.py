@@ -2,7 +2,9 @@ import h5py
 import numpy as np
 import pytest
 
-from lib import data, params, synapse
+from lib.cohorts import synapse
+from lib.cohorts.splitting import check_split
+from lib.runs import params
 from test_volumes import refused
 
 
@@ -35,7 +37,7 @@ def test_slices_become_volumes_and_cases_keep_their_order(settings):
     assert cohort.images.shape[1:] == (16, 16) and len(cohort.classes) == 8
     assert np.array_equal(cohort.original(3), organs(1, 5)[1])
     assert set(cohort.subjects[cohort.order(1)[: cohort.count(50)]]) == {"case0005"}
-    data.check_split(cohort.subjects, cohort.split)
+    check_split(cohort.subjects, cohort.split)
 
 
 def spoil_slice(folder, **changes):
@@ -47,7 +49,7 @@ def spoil_slice(folder, **changes):
     (lambda f: (f / "train_npz" / "case0006_slice001.npz").write_bytes(b"PK"), "case0006_slice001.npz does not hold"),
     (lambda f: np.savez(f / "train_npz" / "case0006_slice001.npz", image=np.zeros((24, 24))), "does not hold"),
     (lambda f: spoil_slice(f, label=np.zeros((24, 20))), "but a label of"),
-    (lambda f: spoil_slice(f, label=np.full((24, 24), 11)), r"holds label values \[11\]"),
+    (lambda f: spoil_slice(f, label=np.full((24, 24), 11)), r"holds the values \[11\]"),
     (lambda f: spoil_slice(f, image=np.full((24, 24), np.nan)), "NaN"),
     (lambda f: spoil_slice(f, image=np.zeros((20, 20)), label=np.zeros((20, 20))), "differ in shape"),
     (lambda f: (f / "test_vol_h5" / "case0001.npy.h5").write_bytes(b"HDF"), "case0001.npy.h5 does not hold"),

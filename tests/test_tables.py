@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import charts, tables
+from lib.results import collecting, comparisons, published, tables
+from lib.results.ablation import ablation, ablation_markdown
+from lib.results.statistics import average_classes
 
 
 def rows_of(recipe, method, scores, seed=1, rate=1, variant="", cohort="made up"):
@@ -12,16 +14,15 @@ def rows_of(recipe, method, scores, seed=1, rate=1, variant="", cohort="made up"
     return pd.DataFrame([
         {"cohort": cohort, "recipe": recipe, "rate": rate, "n_labelled": 5 * rate, "seed": seed, "variant": variant,
          "method": method, "subject": f"s{k // 2}", "slice": k, "class": "a", "dsc": dsc, "hd": 10 * (1 - dsc),
-         "hd95": 8 * (1 - dsc), "empty": dsc == 0, "confidence": 0.5 + dsc / 2, "device": "CPU", "round": 0,
-         "seconds": 60}
+         "hd95": 8 * (1 - dsc), "empty": dsc == 0, "confidence": 0.5 + dsc / 2, "round": 0}
         for k, dsc in enumerate(scores)
     ])
 
 
 def whole(*frames):
-    averaged = tables.average_classes(pd.concat(frames, ignore_index=True))
-    comparisons = tables.compare(averaged)
-    return averaged, comparisons, tables.table1(averaged, comparisons)
+    averaged = average_classes(pd.concat(frames, ignore_index=True))
+    compared = tables.compare(averaged)
+    return averaged, compared, tables.table1(averaged, compared)
 
 
 def test_classes_are_averaged_first_and_bad_results_stay():
@@ -35,8 +36,8 @@ def test_classes_are_averaged_first_and_bad_results_stay():
 
 def test_comparisons_stand_in_the_order_of_the_rates():
     frames = [rows_of("strong", method, [0.8, 0.9], rate=rate) for rate in (10, 4, 1) for method in ("fs", "mt")]
-    _, comparisons, _ = whole(*frames)
-    assert comparisons.loc[comparisons["metric"] == "dsc", "rate"].tolist() == [1, 4, 10]
+    _, compared, _ = whole(*frames)
+    assert compared.loc[compared["metric"] == "dsc", "rate"].tolist() == [1, 4, 10]
 
 
 def test_rows_over_seeds_and_of_every_seed():
@@ -52,7 +53,7 @@ def test_rows_over_seeds_and_of_every_seed():
 def test_the_star_is_combined_against_mt_and_p_is_against_fs():
     rng = np.random.default_rng(0)
     fs = rng.uniform(0.5, 0.6, 24)
-    _, comparisons, table = whole(
+    _, compared, table = whole(
         rows_of("paper", "fs", fs), rows_of("paper", "mt", fs + 0.01), rows_of("paper", "combined", fs + 0.2),
         rows_of("-", "classical", fs - 0.1),
     )
@@ -61,7 +62,7 @@ def test_the_star_is_combined_against_mt_and_p_is_against_fs():
     assert overall.loc["combined", "p_fs"] == pytest.approx(2 / 2**12)
     assert overall.loc["combined", "p_fs_holm"] >= overall.loc["combined", "p_fs"]
     assert np.isnan(overall.loc["fs", "p_fs"])
-    classical = comparisons[(comparisons["method"] == "classical") & (comparisons["metric"] == "dsc")].iloc[0]
+    classical = compared[(comparisons["method"] == "classical") & (compared["metric"] == "dsc")].iloc[0]
     assert classical["recipe"] == "paper" and classical["difference"] == pytest.approx(-0.1)
 
 
@@ -77,20 +78,20 @@ def test_a_single_subject_does_not_turn_the_arrow_round():
     scores = np.linspace(0.5, 0.9, 24)
     mt, combined = rows_of("paper", "mt", scores), rows_of("paper", "combined", scores - 0.02)
     mt.loc[22:, "dsc"] = 0.0  # one subject, without whom mt is better in all
-    _, comparisons, table = whole(mt, combined)
+    _, compared, table = whole(mt, combined)
     row = table[(table["seed"] == "all") & (table["class"] == "mean") & (table["method"] == "combined")].iloc[0]
     assert row["difference_mt"] > 0 and row["effect_mt"] < 0 and row["star"] == "*↓"
 
 
 def test_what_holds_against_fs_is_said_in_words():
     fs = np.linspace(0.5, 0.7, 24)
-    _, comparisons, _ = whole(rows_of("paper", "fs", fs), rows_of("paper", "mt", fs - 0.1),
+    _, compared, _ = whole(rows_of("paper", "fs", fs), rows_of("paper", "mt", fs - 0.1),
                               rows_of("paper", "joint", fs + 0.1), rows_of("paper", "combined", fs))
-    words = tables.in_words(comparisons)
+    words = tables.in_words(compared)
     assert words.startswith("- **made up, 1 %, recipe paper.** DSC better: joint +0.100 (+0.100 to +0.100).")
     assert "DSC worse: mt -0.100" in words and "DSC level: combined +0.000" in words
     assert "HD better: joint -1.00" in words and "HD worse: mt +1.00" in words
-    assert "nothing" in tables.in_words(comparisons[:0])
+    assert "nothing" in tables.in_words(compared[:0])
 
 
 def test_the_hd_has_its_own_star_and_its_own_p_and_lower_is_better():
@@ -112,7 +113,7 @@ def test_methods_and_recipes_come_in_reading_order():
     overall = table[(table["seed"] == "all") & (table["class"] == "mean")]
     assert list(zip(overall["recipe"], overall["method"])) == [
         ("paper", "fs"), ("paper", "mt"), ("paper", "joint"), ("strong", "fs"), ("strong", "mt"), ("strong", "joint")]
-    assert "| paper    | fs" in tables.markdown(table) and "0.58 ± 0.27" in tables.beside_the_paper(table)
+    assert "| paper    | fs" in tables.markdown(table) and "0.58 ± 0.27" in published.beside_the_paper(table)
 
 
 def test_figure_2_shows_the_teacher_at_its_own_rate_and_at_ten_per_cent(tmp_path, monkeypatch):
@@ -122,31 +123,31 @@ def test_figure_2_shows_the_teacher_at_its_own_rate_and_at_ten_per_cent(tmp_path
         folders[-1].mkdir()
         rows_of("paper", "mt", [0.5], seed, rate).to_csv(folders[-1] / "per_image.csv", index=False)
         np.savez(folders[-1] / "mean_teacher_paper.npz", steps=[rate], masks=[[seed]])
-    monkeypatch.setattr(tables, "folders", lambda settings: folders)
-    found = tables.collect_watched(SimpleNamespace(rate=1, seed=1))
+    monkeypatch.setattr(collecting, "folders", lambda settings: folders)
+    found = collecting.collect_watched(SimpleNamespace(rate=1, seed=1))
     assert list(found) == ["MT, 1 %\npaper recipe", "MT, 10 %\npaper recipe"]
     assert [(int(steps[0]), int(masks[0, 0])) for steps, masks in found.values()] == [(1, 1), (10, 1)]
 
 
 def test_published_figures_stand_beside_ours_where_the_data_are_the_same():
     rows = rows_of("strong", "fs", [0.5, 0.7], cohort="ACDC").assign(n_labelled=3)
-    text = tables.beside_the_paper(whole(rows)[2])
+    text = published.beside_the_paper(whole(rows)[2])
     assert "0.600" in text and "UniMatch" in text and "0.876" in text and "other data" not in text
-    assert "UniMatch" not in tables.beside_the_paper(whole(rows.assign(n_labelled=7))[2])
+    assert "UniMatch" not in published.beside_the_paper(whole(rows.assign(n_labelled=7))[2])
 
 
 @pytest.mark.parametrize("counted", ["images", "patients"])
 def test_the_label_efficiency_says_what_is_counted(counted):
     few, many = (rows_of("strong", "fs", [dsc, dsc], rate=rate) for rate, dsc in ((1, 0.5), (10, 0.75)))
     _, _, table = whole(few, many)
-    upper, lower = charts.label_efficiency(table, counted).axes
+    upper, lower = comparisons.label_efficiency(table, counted).axes
     assert lower.get_xlabel() == f"labelled {counted}"
     assert [tick.get_text() for tick in lower.get_xticklabels()] == ["5", "50"]
     assert upper.lines[0].get_ydata().tolist() == [0.5, 0.75]
 
 
 def test_the_ablation_compares_a_variant_with_joint_plus_on_the_same_seeds():
-    per_image = tables.average_classes(pd.concat([
+    per_image = average_classes(pd.concat([
         rows_of("strong", "joint+", [0.9, 0.9, 0.8, 0.8]), rows_of("strong", "joint+", [0.1] * 4, seed=2),
         rows_of("strong", "joint+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
         rows_of("strong", "combined+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
@@ -157,37 +158,37 @@ def test_the_ablation_compares_a_variant_with_joint_plus_on_the_same_seeds():
          "round": number, "split": "validation", "dsc_segmentation": score}
         for variant, number, score in (("", 0, 0.8), ("", 1, 0.95), ("no pairs", 0, 0.8), ("no pairs", 1, 0.7))
     ])
-    table = tables.ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
+    table = ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
     assert table.loc["as it stands", "dsc"] == pytest.approx(0.85)  # of seed 1, the only one with the variant
     assert table.loc["no pairs", "difference"] == pytest.approx(-0.1)
     assert table.loc["no pairs", "p"] == table.loc["no pairs", "p_holm"] == 0.5 and np.isnan(table["p"].iloc[0])
     assert table.loc["no pairs", "companion dsc"] == pytest.approx(0.75)
     assert table["validation dsc"].to_dict() == {"as it stands": 0.95, "no pairs": 0.8}
-    assert "no pairs" in tables.ablation_markdown(tables.ablation(per_image, rounds))
-    without = tables.ablation(per_image[per_image["variant"] == ""], rounds)
-    assert "has not been run" in tables.ablation_markdown(without)
+    assert "no pairs" in ablation_markdown(ablation(per_image, rounds))
+    without = ablation(per_image[per_image["variant"] == ""], rounds)
+    assert "has not been run" in ablation_markdown(without)
 
 
 def test_p_of_the_ablation_is_corrected_over_the_variants():
     scores = np.linspace(0.5, 0.9, 24)
-    per_image = tables.average_classes(pd.concat([
+    per_image = average_classes(pd.concat([
         rows_of("strong", "joint+", scores), rows_of("strong", "joint+", scores - 0.1, variant="no pairs"),
         rows_of("strong", "joint+", scores + 0.1, variant="plain mean")], ignore_index=True))
     rounds = pd.DataFrame(columns=["rate", "recipe", "seed", "variant", "stage", "split", "dsc_segmentation"])
-    table = tables.ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
+    table = ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
     assert table["p"].iloc[1:].tolist() == pytest.approx([2 / 2**12] * 2)
     assert table["p_holm"].iloc[1:].tolist() == pytest.approx([4 / 2**12] * 2)
 
 
 def test_variants_of_cctr_are_compared_with_cctr():
-    per_image = tables.average_classes(pd.concat([
+    per_image = average_classes(pd.concat([
         rows_of("strong", "cctr", [0.9, 0.9]), rows_of("strong", "cctr-b", [0.8, 0.8]), rows_of("strong", "fs", [0.6, 0.6]),
         rows_of("strong", "joint+", [0.5, 0.5]), rows_of("strong", "joint+", [0.4, 0.4], variant="no pairs"),
         rows_of("strong", "cctr", [0.7, 0.7], variant="with contrast"),
         rows_of("strong", "cctr-b", [0.6, 0.6], variant="with contrast"),
     ], ignore_index=True))
     rounds = pd.DataFrame(columns=["variant", "stage", "rate", "recipe", "split", "seed", "dsc_segmentation"])
-    everything = tables.ablation(per_image, rounds)
+    everything = ablation(per_image, rounds)
     table = everything[everything["class"] == "mean"]
     assert everything["class"].unique().tolist() == ["mean", "a"] and everything["p"].count() == table["p"].count()
     assert table.groupby("method")["variant"].agg(list).to_dict() == {
@@ -196,29 +197,29 @@ def test_variants_of_cctr_are_compared_with_cctr():
     assert (row["dsc"], row["companion dsc"]) == pytest.approx((0.7, 0.6))
     assert row["difference"] == pytest.approx(-0.2) and row["companion difference"] == pytest.approx(-0.2)
     assert row["hd difference"] == pytest.approx(2) and row["companion hd difference"] == pytest.approx(2)
-    assert "| with contrast" in tables.ablation_markdown(table)
+    assert "| with contrast" in ablation_markdown(table)
 
 
 def test_the_companion_is_tested_by_itself():
     scores = np.linspace(0.5, 0.7, 24)
-    per_image = tables.average_classes(pd.concat([
+    per_image = average_classes(pd.concat([
         rows_of("strong", "cctr", scores), rows_of("strong", "cctr-b", scores),
         rows_of("strong", "cctr", scores, variant="with contrast"),
         rows_of("strong", "cctr-b", scores - 0.1 - scores / 10, variant="with contrast")], ignore_index=True))
     rounds = pd.DataFrame(columns=["variant", "stage", "rate", "recipe", "split", "seed", "dsc_segmentation"])
-    row = tables.ablation(per_image, rounds).query("`class` == 'mean' and variant == 'with contrast'").iloc[0]
+    row = ablation(per_image, rounds).query("`class` == 'mean' and variant == 'with contrast'").iloc[0]
     assert row["p"] == row["hd p"] == 1
     assert row["companion p"] == row["companion hd p_holm"] == pytest.approx(2 / 2**12)
 
 
 def test_variants_of_cctr_and_published_figures_have_their_rows_in_table_1():
-    per_image = tables.average_classes(pd.concat([rows.assign(n_labelled=3) for rows in (
+    per_image = average_classes(pd.concat([rows.assign(n_labelled=3) for rows in (
         rows_of("strong", "fs", [0.6, 0.6], cohort="ACDC"), rows_of("strong", "cctr", [0.9, 0.9], cohort="ACDC"),
         rows_of("strong", "joint+", [0.4, 0.4], variant="no pairs", cohort="ACDC"),
         rows_of("strong", "cctr", [0.7, 0.7], variant="with contrast", cohort="ACDC"))], ignore_index=True))
-    comparisons = tables.compare(per_image[per_image["variant"] == ""])
-    assert set(comparisons["metric"]) == {"dsc", "hd", "hd95"}
-    table = tables.with_published(tables.table1(tables.with_variants(per_image), comparisons))
+    compared = tables.compare(per_image[per_image["variant"] == ""])
+    assert set(compared["metric"]) == {"dsc", "hd", "hd95"}
+    table = published.with_published(tables.table1(tables.with_variants(per_image), compared))
     overall = table[(table["seed"] == "all") & (table["class"] == "mean")].set_index("method")
     assert list(overall.index) == ["fs", "cctr", "cctr, with contrast", "PS-MT", "BCP", "UniMatch"]
     assert overall["dsc_mean"].tolist()[:3] == pytest.approx([0.6, 0.9, 0.7]) and overall["dsc_mean"][3:].isna().all()
@@ -226,7 +227,7 @@ def test_variants_of_cctr_and_published_figures_have_their_rows_in_table_1():
     text = tables.markdown(table)
     assert "| 0.876 " in text and "| cctr, with contrast |" in text
     assert {"fs", "cctr", "cctr, with contrast"} == set(tables.metrics(table)["ACDC"]["strong"]["1 %"])
-    assert charts.label_efficiency(table, "patients").axes[0].get_lines()
+    assert comparisons.label_efficiency(table, "patients").axes[0].get_lines()
 
 
 def test_the_summary_has_a_row_a_method_and_a_column_a_number_of_labels():
@@ -238,7 +239,7 @@ def test_the_summary_has_a_row_a_method_and_a_column_a_number_of_labels():
 
 
 def test_low_confidence_marks_bad_masks_in_the_calibration_table():
-    per_image = tables.average_classes(rows_of("strong", "joint", np.linspace(0.1, 0.9, 20)))
+    per_image = average_classes(rows_of("strong", "joint", np.linspace(0.1, 0.9, 20)))
     bins = pd.DataFrame([{"cohort": "made up", "recipe": "strong", "rate": 1, "seed": 1, "variant": "",
                           "method": "joint", "low": 0.5, "high": 0.55, "n": 10, "probability": 0.52,
                           "frequency": 0.5, "brier": 0.25}])

@@ -18,10 +18,12 @@ import torch
 from matplotlib.image import imread
 from test_training import made_up_cohort
 
-from lib import data, experiment, joint_plus, params, training, viewer
-from lib.evaluation import harden
+from lib.methods import experiment, joint_plus, pretraining
+from lib.metrics import harden
 from lib.pseudo_masks import fuse
 from lib.refinement import refined
+from lib.results import viewer
+from lib.runs import params
 
 WIDGET, PNG = "application/vnd.jupyter.widget-view+json", "image/png"
 
@@ -32,10 +34,10 @@ def trial(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JOINT_OUTPUT", str(tmp_path_factory.mktemp("output")))
         settings = params.load("strong")
-        made_up_cohort(classes=("left", "right")).save(experiment.cohort_file(settings))
+        made_up_cohort(classes=("left", "right")).save(params.cohort_file(settings))
         found = experiment.Experiment(settings)
-        training.pretrain_segmentation(found)
-        training.pretrain_registration(found)
+        pretraining.pretrain_segmentation(found)
+        pretraining.pretrain_registration(found)
         joint_plus.joint_plus_rounds(found)
         yield found
 

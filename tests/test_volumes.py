@@ -8,7 +8,13 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from ruamel.yaml import YAML
 
-from lib import acdc, data, experiment, notebooks, params, volumes
+from lib import DataError
+from lib.cohorts import acdc, load_cohort, volumes
+from lib.cohorts.cohort import one_hot
+from lib.methods.experiment import Experiment
+from lib.metrics import to_labels
+from lib.results.evaluation import score_volumes
+from lib.runs import notebooks, params
 
 RESULTS = "results", "${item.cohort}"
 SPLIT = {"train": [f"patient{k:03d}" for k in (1, 2, 3)], "validation": ["patient004"], "test": ["patient005"]}
@@ -40,7 +46,7 @@ def write(folder, patient, frame, image, labels, name="{patient}_frame{frame:02d
 
 
 def refused(build, settings, words):
-    with pytest.raises(data.DataError, match=words):
+    with pytest.raises(DataError, match=words):
         build(settings)
 
 
@@ -88,16 +94,16 @@ def test_patients_are_labelled_in_the_splits_order_whatever_the_seed(settings, f
 def test_the_file_keeps_everything(settings, folder, tmp_path):
     cohort = acdc.build(settings)
     cohort.save(tmp_path / "c.npz")
-    again = data.load_cohort(tmp_path / "c.npz")
+    again = load_cohort(tmp_path / "c.npz")
     assert isinstance(again, volumes.VolumeCohort) and np.array_equal(again.truth, cohort.truth)
     assert np.array_equal(again.shapes, cohort.shapes) and again.classes == cohort.classes
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
     (lambda f: next(f.rglob("patient002_frame09.nii.gz")).unlink(), "patient002"),
-    (lambda f: next(f.rglob("patient005_frame01_gt.nii.gz")).unlink(), "has no mask"),
+    (lambda f: next(f.rglob("patient005_frame01_gt.nii.gz")).unlink(), "patient005_frame01_gt.nii.gz does not exist"),
     (lambda f: write(next(f.rglob("patient001_frame01.nii.gz")).parent, "patient001", 1, None,
-                     np.full((40, 32, 4), 7, np.uint8)), r"holds label values \[7\]"),
+                     np.full((40, 32, 4), 7, np.uint8)), r"holds the values \[7.0\]"),
     (lambda f: write(next(f.rglob("patient001_frame01.nii.gz")).parent, "patient001", 1, None,
                      np.zeros((40, 30, 4), np.uint8)), "has shape"),
 ])
@@ -120,15 +126,15 @@ def test_missing_folder_patients_and_info_say_how_to_get_them(settings, tmp_path
 def test_perfect_masks_score_perfectly_and_scores_are_monais_in_3d(settings, folder):
     cohort = acdc.build(params.Section({**settings, "size": 64}))
     index = cohort.index("test")
-    truth = torch.as_tensor(data.one_hot(cohort.labels[index], 3))
-    scores = volumes.score_volumes(cohort, truth, index)
+    truth = torch.as_tensor(one_hot(cohort.labels[index], 3))
+    scores = score_volumes(cohort, truth, index)
     assert len(scores) == 2 * 3 and (scores["dsc"] > 0.9).all() and (scores["hd"] <= 2).all()
     shifted = truth.roll(6, dims=-1)
-    scores = volumes.score_volumes(cohort, shifted, index)
+    scores = score_volumes(cohort, shifted, index)
     number = list(cohort.names()).index("patient005_frame01")
     mine = index[cohort.volumes[index] == "patient005_frame01"]
     small = torch.nn.functional.interpolate(shifted[: len(mine)], size=(40, 32), mode="bilinear")
-    labels = data.to_labels(small)
+    labels = to_labels(small)
     hard = [torch.stack([x == k for k in (1, 2, 3)])[None] for x in
             (labels, torch.as_tensor(cohort.original(number).astype(int)))]
     rows = scores[scores["image"] == 0]
@@ -151,8 +157,8 @@ def test_registration_partners_lie_at_the_same_height(settings, folder):
 def test_the_pieces_fit_the_experiment(settings, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / "out"))
     settings = params.load("strong", cohort="acdc", rate=34)
-    acdc.build(params.Section(folder=str(folder), size=32, patients={})).save(experiment.cohort_file(settings))
-    trial = experiment.Experiment(settings)
+    acdc.build(params.Section(folder=str(folder), size=32, patients={})).save(params.cohort_file(settings))
+    trial = Experiment(settings)
     networks = trial.segmentation_network(), trial.registration_network()
     masks = trial.generate(networks, trial.cohort.index("test"), "test", "test")
     assert masks.soft.shape == (len(trial.cohort.index("test")), 3, 32, 32)

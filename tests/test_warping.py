@@ -73,14 +73,14 @@ def test_upsampled_displacement_is_the_same_motion():
 
 def test_jacobian_determinant_of_an_affine_map_is_its_determinant():
     matrix = torch.tensor([[1.2, 0.3], [-0.1, 0.8]])
-    grid = warping.pixel_grid(20, 20, torch.device("cpu"))
+    grid = warping.pixel_grid((20, 20), torch.device("cpu"))
     displacement = torch.einsum("ij,bjhw->bihw", matrix - torch.eye(2), grid)
     assert torch.allclose(warping.jacobian_determinant(displacement), torch.linalg.det(matrix), atol=1e-4)
     assert float(warping.folding(displacement)) == 0
 
 
 def test_a_mirror_folds_everywhere():
-    grid = warping.pixel_grid(16, 16, torch.device("cpu"))
+    grid = warping.pixel_grid((16, 16), torch.device("cpu"))
     mirror = torch.cat((torch.zeros_like(grid[:, :1]), 15 - 2 * grid[:, 1:]), 1)
     assert float(warping.folding(mirror)) == 1
 

@@ -1,0 +1,137 @@
+"""A cohort: 2D slices with masks, subjects and a split by subject; and the same on the device."""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from lib.runs.files import replacing
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A table of 2D slices.
+
+    Attributes:
+        name: as in params.yaml.
+        title: as in tables; says so where the cohort is simulated.
+        images: ``(slices, height, width)`` float32 in [0, 1].
+        labels: ``(slices, height, width)`` uint8, 0 background, 1.. the classes.
+        subjects: ``(slices,)`` subject ids.
+        split: ``(slices,)`` one of splitting.SPLITS.
+        classes: name of every foreground class.
+        symmetric: whether a mirrored image is a valid one.
+        pixel_mm: side of a pixel.
+    """
+
+    name: str
+    title: str
+    images: np.ndarray
+    labels: np.ndarray
+    subjects: np.ndarray
+    split: np.ndarray
+    classes: tuple
+    symmetric: bool
+    pixel_mm: float
+
+    of_volumes: ClassVar[bool] = False  # whether the slices are of volumes, see cohorts.volumes
+
+    def index(self, split):
+        """Indices of the slices of one split."""
+        return np.flatnonzero(self.split == split)
+
+    def order(self, seed):
+        """Indices of the training images in the order in which they are labelled as the rate grows.
+
+        Labelled images come from distinct subjects first: every subject gives one slice before any gives a second.
+        """
+        rank, order = {}, []
+        for index in np.random.default_rng([seed, 1]).permutation(self.index("train")):
+            subject = self.subjects[index]
+            rank[subject] = rank.get(subject, -1) + 1
+            order.append((rank[subject], len(order), index))
+        return np.array([index for *_, index in sorted(order)])
+
+    def count(self, rate):
+        """How many training images are labelled at ``rate`` per cent; 1 % is the paper's five images."""
+        total = len(self.index("train"))
+        return min(total, 5 if rate == 1 else max(1, round(total * rate / 100)))
+
+    def example(self, order):
+        """Of ``order``, the slice to show: the one that is labelled last, and so is unlabelled at every lower rate."""
+        return order[-1]
+
+    def known(self, index):
+        """Which of these slices have a true mask to be measured against."""
+        return np.ones(len(index), bool)
+
+    def units(self, index):
+        """How many annotated things, here images, these slices are: the tables' n_labelled."""
+        return len(index)
+
+    def matches(self, index, sources):
+        """Which of the slices ``sources`` correspond to each slice by their place in the body; None: any may."""
+
+    def save(self, file):
+        """Write the cohort as one .npz file; the same cohort gives the same bytes."""
+        with replacing(file) as partial:
+            np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+def one_hot(labels, classes):
+    """Label maps ``(n, height, width)`` as masks ``(n, classes, height, width)`` float32, background left out."""
+    return np.stack([labels == value for value in range(1, classes + 1)], axis=1).astype(np.float32)
+
+
+class Tensors:
+    """A cohort on the device, with the labelled images drawn.
+
+    Args:
+        cohort, settings, numerics: of the experiment.
+        order: function of these tensors that gives the training images in the order in which they are labelled,
+            called when labelled images are first asked for; None for a random order.
+
+    Attributes:
+        images: ``(slices, 1, height, width)``; masks: ``(slices, classes, height, width)``.
+        labelled, unlabelled, train, validation: index tensors.
+        example: index ``(1,)`` of a training image that is unlabelled at every rate below 100 %, for pictures.
+    """
+
+    def __init__(self, cohort, settings, numerics, order=None):
+        self.cohort = cohort
+        self.images = numerics.tensor(cohort.images[:, None])
+        self.masks = numerics.tensor(one_hot(cohort.labels, len(cohort.classes)))
+        self.as_index = lambda index: torch.as_tensor(index, device=numerics.device)
+        self.train, self.validation = self.as_index(cohort.index("train")), self.as_index(cohort.index("validation"))
+        self.symmetric = cohort.symmetric
+        self.drawn = cohort.order(settings.seed)
+        self.count = cohort.count(settings.rate)
+        self.order = order
+        self.along = self.as_index(cohort.positions) if hasattr(cohort, "positions") else None
+
+    def known(self, index):
+        """``(n,)`` which of the images ``index`` have a true mask to be measured against."""
+        return self.as_index(self.cohort.known(index.cpu()))
+
+    def positions(self, index):
+        """Where slices of volumes lie along the axis, in [0, 1]; None where the images are not from volumes."""
+        return None if self.along is None else self.along[index]
+
+    @cached_property
+    def ordered(self):
+        """Indices of the training images in the order in which they are labelled."""
+        return self.order(self) if self.order else self.drawn
+
+    @cached_property
+    def labelled(self):
+        return self.as_index(np.sort(self.ordered[: self.count]))
+
+    @cached_property
+    def unlabelled(self):
+        return self.as_index(np.sort(self.ordered[self.count :]))
+
+    @cached_property
+    def example(self):
+        return self.as_index([self.cohort.example(self.ordered)])

@@ -1,0 +1,111 @@
+"""The hippocampus cohort: real T1 MRI of the Medical Segmentation Decathlon, Task04 (CC-BY-SA 4.0)."""
+
+import numpy as np
+from tqdm import tqdm
+
+from lib import DataError
+from lib.cohorts.cohort import Cohort
+from lib.cohorts.reading import min_max, on_canvas, read_pair
+from lib.cohorts.splitting import split_by_subject
+from lib.runs.params import ROOT, work_folder
+
+URL = "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task04_Hippocampus.tar"
+MD5 = "9d24dba78a72977dbd1d2e110310f31b"
+LABELS = {0: "background", 1: "anterior", 2: "posterior"}
+NUMBERS = """
+001 003 004 007 008 011 014 015 017 019 020 023 024 025 033 034 035 036 037 038 039 040 041 042 044 046 048 049 050
+052 053 056 057 058 060 065 067 068 070 074 075 077 083 084 087 088 089 090 091 092 093 094 095 096 097 099 101 102
+104 105 107 114 123 124 125 127 130 132 133 135 136 138 141 142 144 145 146 148 149 150 152 154 155 156 157 158 160
+161 162 163 164 165 166 169 170 171 172 173 174 175 176 177 180 181 184 185 188 189 190 193 194 195 197 199 205 212
+215 216 217 219 220 221 222 223 224 225 227 228 229 230 232 233 234 235 236 238 242 243 244 245 248 249 250 251 252
+253 257 259 260 261 264 265 268 269 274 276 277 279 280 286 287 288 289 292 294 295 296 297 299 300 301 302 303 304
+305 308 309 310 311 314 316 317 318 319 320 322 325 326 327 328 329 331 332 333 335 336 337 338 340 341 343 349 351
+352 354 355 356 358 359 360 361 366 367 368 370 372 373 374 375 376 378 380 381 383 385 386 387 389 390 393
+""".split()
+CASES = {f"hippocampus_{number}" for number in NUMBERS}  # of the archive's 260 those that the results are from
+
+
+def find_folder(folder):
+    """The Decathlon task's folder: the one given if it exists, else the official archive, fetched once.
+
+    Raises:
+        DataError: neither is to be had.
+    """
+    local = (ROOT / folder).resolve() if folder else None
+    if local and local.is_dir():
+        return local
+    from monai.apps.utils import download_and_extract  # takes seconds to import
+
+    target = work_folder("hippocampus")
+    try:
+        download_and_extract(URL, target / "Task04_Hippocampus.tar", target, hash_val=MD5, hash_type="md5")
+    except Exception as error:  # urllib, hashing and tar errors all mean the same to the reader
+        raise DataError(
+            f"{local or 'no local folder'} is not there and the archive could not be fetched ({error}): download "
+            f"{URL}, unpack it, and run with -S hippocampus.folder=PATH/Task04_Hippocampus"
+        ) from error
+    return target / "Task04_Hippocampus"
+
+
+def find_cases(folder):
+    """(name, image file, mask file) of every case, in the Decathlon's layout or with folders images and labels.
+
+    Of the official archive those of CASES, so that the split is the one that the results are from.
+    """
+    for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
+        if (folder / images).is_dir():
+            files = sorted(f for f in (folder / images).glob("*.nii*") if not f.name.startswith("."))
+            found = [(f.name.split(".")[0], f, folder / labels / f.name) for f in files]
+            return [case for case in found if case[0] in CASES] if {name for name, *_ in found} >= CASES else found
+    raise DataError(f"{folder} holds neither imagesTr/ and labelsTr/ nor images/ and labels/: is it the task's folder?")
+
+
+def sagittal_slices(image, mask, offsets):
+    """Slices of a RAS volume around the sagittal one of largest mask area.
+
+    Offsets that lead past the structure stop at its last slice.
+
+    Returns:
+        List of (image, mask) 2D arrays; rows run from superior to inferior, columns from posterior to anterior.
+    """
+    area = (mask > 0).sum(axis=(1, 2))
+    marked = np.flatnonzero(area)
+    chosen = np.clip(area.argmax() + np.asarray(offsets), marked[0], marked[-1])
+    return [(image[k].T[::-1], mask[k].T[::-1]) for k in dict.fromkeys(chosen)]
+
+
+def build(settings, seed):
+    """The cohort.
+
+    Args:
+        settings: section ``hippocampus`` of params.yaml.
+        seed: of the split.
+
+    Raises:
+        DataError: see reading.read_pair; also too few subjects, or an empty mask.
+    """
+    if settings.classes not in ("binary", "two"):
+        raise ValueError(f"hippocampus.classes '{settings.classes}' in params.yaml is not one of binary, two")
+    images, labels, subjects = [], [], []
+    cases = find_cases(find_folder(settings.folder))[: settings.subjects]
+    for name, image_file, mask_file in tqdm(cases, desc="reading hippocampus", unit="case"):
+        image, mask, _ = read_pair(image_file, mask_file, LABELS)
+        if not mask.any():
+            raise DataError(f"{mask_file} is empty, so no slice can be chosen: leave the case out")
+        for image_slice, mask_slice in sagittal_slices(image, mask, settings.slice_offsets):
+            images.append(on_canvas(min_max(image_slice), settings.size))
+            labels.append(on_canvas(mask_slice, settings.size))
+            subjects.append(name)
+    labels = np.stack(labels)
+    binary = settings.classes == "binary"
+    return Cohort(
+        name="hippocampus",
+        title="hippocampus",
+        images=np.stack(images),
+        labels=np.minimum(labels, 1) if binary else labels,
+        subjects=np.array(subjects),
+        split=split_by_subject(np.array(subjects), settings.split, seed),
+        classes=("hippocampus",) if binary else ("anterior", "posterior"),
+        symmetric=settings.symmetric,
+        pixel_mm=1.0,
+    )

@@ -1,0 +1,169 @@
+"""Cohorts whose slices are from 3D volumes: resized for the networks, and kept at their original size to be scored."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lib.cohorts.cohort import Cohort
+from lib.cohorts.reading import min_max
+
+
+@dataclass(frozen=True)
+class VolumeCohort(Cohort):
+    """Slices of volumes. Those of one volume stand together, in their order along the axis.
+
+    Attributes, besides those of Cohort:
+        volumes: ``(slices,)`` id of the volume that a slice is from.
+        positions: ``(slices,)`` float32 along the axis, 0 the first slice of its volume, 1 the last.
+        ranks: ``(slices,)`` place of the slice's subject in the order in which subjects are labelled.
+        shapes: ``(volumes, 3)`` original height, width and slices, in the order in which the volumes stand.
+        truth: ``(voxels,)`` uint8, the original labels of those volumes that do not train, which alone are scored
+            by them, one after another, slices first.
+    """
+
+    volumes: np.ndarray
+    positions: np.ndarray
+    ranks: np.ndarray
+    shapes: np.ndarray
+    truth: np.ndarray
+
+    of_volumes: ClassVar[bool] = True
+
+    def order(self, seed):
+        """Training slices, subject after subject in the order that the split gives; no seed changes it."""
+        train = self.index("train")
+        return train[np.argsort(self.ranks[train], kind="stable")]
+
+    def count(self, rate):
+        """How many training slices the labelled subjects have at ``rate`` per cent of the subjects."""
+        ranks = self.ranks[self.index("train")]
+        subjects = len(np.unique(ranks))
+        return int((ranks < max(1, round(subjects * rate / 100))).sum())
+
+    def example(self, order):
+        """As Cohort has it, from the middle of the last volume, since the outermost slices show little."""
+        members = np.flatnonzero(self.volumes == self.volumes[order[-1]])
+        return members[len(members) // 2]
+
+    def units(self, index):
+        """How many subjects these slices are from: the tables' n_labelled."""
+        return len(np.unique(self.subjects[np.asarray(index)]))
+
+    def firsts(self):
+        """Indices of the first slices of all volumes in the order in which they stand."""
+        return np.sort(np.unique(self.volumes, return_index=True)[1])
+
+    def names(self):
+        """Ids of all volumes in the order in which they stand."""
+        return self.volumes[self.firsts()]
+
+    def original(self, number):
+        """Labels of the volume at place ``number``: ``(slices, height, width)`` uint8.
+
+        Raises:
+            ValueError: it is a training volume.
+        """
+        sizes = np.where(self.split[self.firsts()] == "train", 0, self.shapes.prod(axis=1))
+        if not sizes[number]:
+            raise ValueError(f"{self.names()[number]} trains: its original labels are not kept")
+        height, width, slices = self.shapes[number]
+        start = sizes[:number].sum()
+        return self.truth[start : start + sizes[number]].reshape(slices, height, width)
+
+    def matches(self, index, sources):
+        """For every slice, of every volume among ``sources`` the slice that lies nearest along the axis.
+
+        Args:
+            index: ``(n,)`` slices.
+            sources: ``(m,)`` slices.
+
+        Returns:
+            ``(n, volumes among the sources)`` positions in ``sources``.
+        """
+        index, sources = np.asarray(index), np.asarray(sources)
+        nearest = []
+        for volume in dict.fromkeys(self.volumes[sources]):
+            members = np.flatnonzero(self.volumes[sources] == volume)
+            distance = np.abs(self.positions[index][:, None] - self.positions[sources[members]])
+            nearest.append(members[distance.argmin(axis=1)])
+        return np.stack(nearest, axis=1)
+
+
+@dataclass(frozen=True)
+class OwnCohort(VolumeCohort):
+    """A user's slices: what has a mask is labelled, the rest is not, and there is nothing to test on.
+
+    Attributes, besides those of VolumeCohort:
+        masked: ``(slices,)`` whether a slice has a mask.
+    """
+
+    masked: np.ndarray
+
+    def order(self, seed):
+        """Training slices, those with masks first; no seed changes it."""
+        train = self.index("train")
+        return train[np.argsort(~self.masked[train], kind="stable")]
+
+    def count(self, rate):
+        """How many training slices have masks, whatever the rate."""
+        return int(self.masked[self.index("train")].sum())
+
+    def known(self, index):
+        """Which of these slices have a true mask to be measured against."""
+        return self.masked[np.asarray(index)]
+
+
+def fit_to(image, size):
+    """A stack of slices ``(slices, height, width)`` resized to ``size`` x ``size``."""
+    tensor = torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)[:, None]
+    return F.interpolate(tensor, size=(size, size), mode="bilinear", align_corners=False, antialias=True)[:, 0].numpy()
+
+
+def fit_labels(labels, size):
+    """Labels resized as ``fit_to`` resizes images, uint8: every pixel gets the label with the largest share of it."""
+    found = np.zeros((len(labels), size, size), np.uint8)
+    largest = np.full(found.shape, -np.inf, np.float32)
+    for value in np.unique(labels):
+        share = fit_to(labels == value, size)
+        found[share > largest] = value
+        np.maximum(largest, share, out=largest)
+    return found
+
+
+def scaled(image):
+    """A volume in [0, 1], the darkest and brightest 0.5 % clipped: a few bright vessels would darken all else."""
+    low, high = np.percentile(image, (0.5, 99.5))
+    return min_max(np.clip(image, low, high)) if high > low else min_max(image)
+
+
+def assemble(name, title, volumes, classes, size):
+    """A VolumeCohort of whole volumes.
+
+    Args:
+        name, title: as Cohort has them.
+        volumes: list of (id, subject, split, rank of the subject, image, labels), both ``(slices, height, width)``.
+        classes: name of every foreground class.
+        size: side of the resized slices.
+    """
+    tested = [labels for _, _, split, *_, labels in volumes if split != "train"]
+    columns = {key: [] for key in ("images", "labels", "subjects", "split", "volumes", "positions", "ranks")}
+    for volume, subject, split, rank, image, labels in volumes:
+        count = len(image)
+        columns["images"].append(fit_to(scaled(image), size))
+        columns["labels"].append(fit_labels(labels, size))
+        for key, value in (("subjects", subject), ("split", split), ("volumes", volume), ("ranks", rank)):
+            columns[key].append(np.full(count, value))
+        columns["positions"].append(np.linspace(0, 1, count, dtype=np.float32))
+    return VolumeCohort(
+        name=name,
+        title=title,
+        classes=classes,
+        symmetric=False,
+        pixel_mm=1.0,
+        shapes=np.array([(*image.shape[1:], len(image)) for *_, image, _ in volumes]),
+        truth=np.concatenate([labels.astype(np.uint8).ravel() for labels in tested]),
+        **{key: np.concatenate(parts) for key, parts in columns.items()},
+    )

@@ -1,0 +1,1 @@
+"""CCT-R (P2): contrastive cross-teaching with registration."""

@@ -1,0 +1,221 @@
+"""An experiment: what one run works on, and the networks as it starts and as its stages have left them."""
+
+import hashlib
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+
+from lib import pseudo_masks
+from lib.cohorts import load_cohort
+from lib.cohorts.cohort import Tensors
+from lib.compute import Numerics
+from lib.models import MrRegNet, ResidualUNet
+from lib.runs.cabinet import WITHOUT_MASKS, Cabinet
+from lib.runs.params import cohort_file
+from lib.runs.versions import NUMERICS, VOLUMES, fingerprint
+from lib.selection import coverage_order
+
+
+class Prediction(NamedTuple):
+    """What a method says of test images."""
+
+    round: int  # that is tested; 0 where there are none
+    masks: torch.Tensor  # (n, classes, height, width) in [0, 1]
+
+
+class Experiment:
+    """What one run works on: settings, device, the cohort on it, and networks as they start.
+
+    Attributes:
+        settings: as params.load gives them.
+        numerics: lib.compute.Numerics.
+        cohort: cohorts.cohort.Cohort.
+        data: cohorts.cohort.Tensors.
+        cabinet: runs.cabinet.Cabinet, in which the stages keep their weights, checkpoints and costs.
+        pooled: whether segmentation is trained by the soft Dice of whole batches, see losses.soft_dice_loss: where
+            the images are slices of volumes.
+        origin: fingerprint of cohort file, draws, precision and versions, part of every checkpoint's own. The
+            rate is not: registration is pre-trained without masks, once for all rates.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.numerics = Numerics(settings.device, settings.precision)
+        self.cabinet = Cabinet(settings, self.numerics)
+        file = cohort_file(settings)
+        self.cohort = load_cohort(file)
+        self.pooled = self.cohort.of_volumes
+        self.data = Tensors(
+            self.cohort, settings, self.numerics, self.annotation_order if settings.coverage.choose else None
+        )
+        self.origin = fingerprint(
+            hashlib.sha256(file.read_bytes()).hexdigest(),
+            NUMERICS,
+            [settings[key] for key in ("cohort", "recipe", "seed", "augmentation", "pseudo_masks")],
+            str(self.numerics.device),
+            self.numerics.precision,
+            torch.__version__,
+            *[VOLUMES] * self.pooled,
+        )
+
+    def annotation_order(self, data):
+        """The training images in the order in which they cover the cohort best, see lib.selection."""
+        network = load_pretrained_registration(self)
+        generator = self.numerics.generator(self.settings.seed, "coverage")
+        return coverage_order(network, data, data.drawn, self.settings.coverage, self.numerics, generator)
+
+    def segmentation_network(self):
+        """A ResidualUNet with the seed's initial weights, on the device."""
+        return self._seeded(lambda: ResidualUNet(len(self.cohort.classes), self.settings.segmentation.normalisation))
+
+    def registration_network(self):
+        """A MrRegNet with the seed's initial weights, on the device."""
+        return self._seeded(lambda: MrRegNet(self.settings.registration.normalisation))
+
+    def _seeded(self, make):
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            return self.numerics.place(make())
+
+    def generate(self, networks, index, label, *names):
+        """Pseudo-masks of the images ``index`` by ``networks`` from the labelled ones; ``names`` seed the draws."""
+        data = self.data
+        return pseudo_masks.generate(
+            networks,
+            data.images[index],
+            data.images[data.labelled],
+            data.masks[data.labelled],
+            self.settings.pseudo_masks,
+            data.symmetric,
+            self.numerics.generator(self.settings.seed, *names),
+            self.numerics,
+            label,
+            self.matches(index),
+        )
+
+    def every_mask(self, networks, index, generator):
+        """The 2N masks of the images ``index``, whose mean soft pseudo-masks are: pseudo_masks.every_mask."""
+        data = self.data
+        return pseudo_masks.every_mask(
+            networks,
+            data.images[index],
+            data.images[data.labelled],
+            data.masks[data.labelled],
+            self.settings.pseudo_masks,
+            data.symmetric,
+            generator,
+            self.numerics,
+            self.matches(index),
+        )
+
+    def matches(self, index):
+        """Which labelled images may be registered to the images ``index``: None for all, else ``(n, k)`` positions."""
+        found = self.cohort.matches(torch.as_tensor(index).cpu(), self.data.labelled.cpu())
+        return None if found is None else self.data.as_index(found)
+
+    def draw_sources(self, index, n, generator):
+        """``(len(index), n)`` positions of random labelled images to register to the images ``index``."""
+        return pseudo_masks.draw_sources(len(index), len(self.data.labelled), n, generator, self.matches(index))
+
+    def note_cost(self, stage, seconds):
+        """Note what a stage of this experiment took."""
+        settings = self.settings
+        labelled = None if stage in WITHOUT_MASKS else self.cohort.units(self.data.labelled.cpu())
+        self.cabinet.note_cost(
+            stage,
+            seconds,
+            cohort=self.cohort.title,
+            recipe=settings.recipe,
+            rate=settings.rate,
+            n_labelled=labelled,
+            seed=settings.seed,
+            variant=settings.variant,
+        )
+
+
+def load_pretrained_registration(experiment):
+    """The MrRegNet that the pre-training saved."""
+    network = experiment.registration_network()
+    network.load_state_dict(experiment.cabinet.load("registration")["network"])
+    return network
+
+
+def load_pretrained(experiment):
+    """The networks that the two pre-trainings saved: (ResidualUNet, MrRegNet)."""
+    segmentation = experiment.segmentation_network()
+    segmentation.load_state_dict(experiment.cabinet.load("segmentation")["network"])
+    return segmentation, load_pretrained_registration(experiment)
+
+
+def load_round(experiment, number, stage="joint"):
+    """Both networks after round ``number`` (0: before the first), and what was saved with them."""
+    saved = experiment.cabinet.load(stage, number)
+    networks = experiment.segmentation_network(), experiment.registration_network()
+    for network, name in zip(networks, ("segmentation", "registration")):
+        network.load_state_dict(saved[name])
+    return networks, saved
+
+
+def finished_rounds(experiment, stage="joint"):
+    """Numbers of the rounds of a stage that have been saved."""
+    numbers = range(experiment.settings[stage].rounds + 1)
+    return [number for number in numbers if experiment.cabinet.file(stage, number).exists()]
+
+
+def load_measured(experiment, stage="joint"):
+    """What was measured in all rounds, one row per round and split."""
+    numbers = range(experiment.settings[stage].rounds + 1)
+    return pd.DataFrame([row for number in numbers for row in load_round(experiment, number, stage)[1]["measured"]])
+
+
+def best_rounds(measured):
+    """The round that each method is tested with: the best on the validation images for that method.
+
+    Args:
+        measured: Rounds.measured.
+
+    Returns:
+        Dictionary of method (joint, registration, combined) to round; the earlier round where two are equal.
+    """
+    validation = measured[measured["split"] == "validation"].set_index("round")
+    columns = {"joint": "dsc_segmentation", "registration": "dsc_registration", "combined": "dsc_pseudo_masks"}
+    return {method: int(validation[column].idxmax()) for method, column in columns.items()}
+
+
+def predict_rounds(experiment, index, stage, methods, seen_by=lambda networks: networks):
+    """Masks of a stage that was trained in rounds, each method's with the round that was best for it.
+
+    Args:
+        index: of the images.
+        methods: names of what are, of the masks in that round, those of the registration, those of the segmentation
+            network and the (weighted) mean.
+        seen_by: function of the two networks that gives those which make the masks.
+
+    Returns:
+        Dictionary of method to Prediction.
+    """
+    chosen = best_rounds(load_measured(experiment, stage))
+    masks = {}
+    for number in sorted(set(chosen.values())):
+        networks, kept = load_round(experiment, number, stage)
+        made = experiment.generate(seen_by(networks), index, f"test, {stage} round {number}", "test", stage, number)
+        masks[number] = pseudo_masks.fuse(made, kept.get("weight", 0.5))
+    fields = {"registration": "registration", "joint": "plain", "combined": "soft"}
+    return {
+        method: Prediction(chosen[name], getattr(masks[chosen[name]], field))
+        for method, (name, field) in zip(methods, fields.items(), strict=True)
+    }
+
+
+def rounds_of(experiment, stage, name, methods):
+    """Rows of rounds.csv of a stage that was trained in rounds; arguments as ``predict_rounds``.
+
+    Args:
+        name: of the stage in the table. ``best_for`` names the methods that are tested with a round.
+    """
+    measured = load_measured(experiment, stage)
+    best = dict(zip(("registration", "joint", "combined"), methods, strict=True))
+    chosen = best_rounds(measured)
+    named = measured["round"].map(lambda n: " ".join(best[m] for m, number in chosen.items() if number == n))
+    return measured.assign(stage=name, best_for=named)

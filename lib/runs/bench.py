@@ -1,0 +1,185 @@
+"""`make bench`: what memory layout, allocator and bfloat16 bring, measured in one run at 256 x 256.
+
+Plain PyTorch (contiguous float32, the system's allocator defaults) against the project's own path (lib.compute).
+The real training steps are timed, on made-up images, in turns, so that other work on the machine slows both alike;
+writes results/bench.json.
+"""
+
+import json
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from lib.compute import Numerics, best_device
+from lib.losses import registration_loss, soft_dice_loss
+from lib.models import MrRegNet, ResidualUNet
+from lib.pseudo_masks import generate
+from lib.runs.params import load, output_root
+
+SIDE, BATCH, REPEATS, TURNS = 256, 5, 5, 4
+TRAINED = 5  # steps before losses are compared: MrRegNet begins at the identity, whatever its precision
+
+
+class Plain:
+    """PyTorch as it comes: the reference that Numerics is measured against."""
+
+    precision = "float32"
+    memory_format = torch.contiguous_format
+    share = 1.0
+
+    def __init__(self, device):
+        self.device = device
+
+    place = Numerics.place
+    tensor = Numerics.tensor
+    autocast = Numerics.autocast
+    batch = Numerics.batch
+
+
+def seconds(work, device, repeats):
+    """Seconds of every ``work()`` after one warm-up, the GPU's queue waited for."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(repeats + 1):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+class Work:
+    """The real training losses and pseudo-masks of both networks, on smooth made-up images."""
+
+    def __init__(self, numerics, settings):
+        self.numerics, self.settings = numerics, settings
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(2 * BATCH, 1, 12, 12, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
+        self.images, self.masks = numerics.tensor(smooth), numerics.tensor((smooth > 0.6).float())
+        torch.manual_seed(0)
+        self.segmentation, self.registration = numerics.place(ResidualUNet()), numerics.place(MrRegNet())
+
+    def segmentation_loss(self):
+        with self.numerics.autocast():
+            prediction = self.segmentation.segment(self.images[:BATCH])
+        return soft_dice_loss(prediction, self.masks[:BATCH])
+
+    def registration_loss(self):
+        source, target = self.images[:BATCH], self.images[BATCH:]
+        with self.numerics.autocast():
+            levels = self.registration(source, target)
+        guides = self.masks[:BATCH], self.masks[BATCH:]
+        return registration_loss(levels, source, target, self.settings.registration.smoothness, *guides).total
+
+    def pseudo_masks(self):
+        draws = torch.Generator(self.numerics.device).manual_seed(0)
+        networks = self.segmentation, self.registration
+        generate(
+            networks,
+            self.images[:BATCH],
+            self.images,
+            self.masks,
+            self.settings.pseudo_masks,
+            True,
+            draws,
+            self.numerics,
+        )
+
+    def training(self):
+        """A training step of each network, as functions that give the loss."""
+
+        def training_of(network, loss):
+            optimiser = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0, fused=True)
+
+            def step():
+                optimiser.zero_grad()
+                value = loss()
+                value.backward()
+                optimiser.step()
+                return value.detach()
+
+            return step
+
+        return {
+            "seg": training_of(self.segmentation, self.segmentation_loss),
+            "reg": training_of(self.registration, self.registration_loss),
+        }
+
+    def losses(self):
+        """Both losses after some steps of training."""
+        return {name: float([step() for _ in range(TRAINED)][-1]) for name, step in self.training().items()}
+
+    def times(self):
+        """Seconds per image (or pair) of every training step and of soft pseudo-masks, as lists."""
+        device = self.numerics.device
+        times = {f"{name}_train": seconds(step, device, REPEATS) for name, step in self.training().items()}
+        times["pseudo_mask"] = seconds(self.pseudo_masks, device, max(1, REPEATS // 2))
+        return {name: [one / BATCH for one in found] for name, found in times.items()}
+
+
+def times_of(make_numerics, settings, sizes):
+    """Work.times in a process of its own, because Numerics changes the allocator of the process for good."""
+    globals().update(sizes)
+    return Work(make_numerics(), settings).times()
+
+
+LABELS = {
+    "seg_train": "U-Net, training",
+    "reg_train": "MrRegNet, training",
+    "pseudo_mask": "soft pseudo-mask (2N = 10)",
+}
+
+
+def main():
+    settings = load()
+    device = best_device(settings.device)
+    ways = {"plain": partial(Plain, device), "ours": partial(Numerics, settings.device, settings.precision)}
+    times = {way: dict.fromkeys(LABELS, ()) for way in ways}
+    sizes = {"SIDE": SIDE, "BATCH": BATCH, "REPEATS": REPEATS}
+    spawn = multiprocessing.get_context("spawn")
+    for _ in tqdm(range(TURNS), desc="turns", unit="turn"):
+        for way, make in ways.items():
+            with ProcessPoolExecutor(1, spawn) as pool:
+                for name, found in pool.submit(times_of, make, settings, sizes).result().items():
+                    times[way][name] += tuple(found)
+    plain, ours = ({name: statistics.median(found) for name, found in times[way].items()} for way in ways)
+    numerics = Numerics(settings.device, settings.precision)
+    float32_losses = Work(Plain(device), settings).losses()
+    bfloat16_losses = Work(Numerics(settings.device, "bfloat16"), settings).losses()
+    table = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "precision": numerics.precision,
+        "side": SIDE,
+        "batch": BATCH,
+    }
+    print(f"\n{table['device']}, {table['threads']} threads, {SIDE} x {SIDE}, batch {BATCH}, {numerics.precision}\n")
+    print(f"{'seconds per image or pair':28}{'plain':>10}{'here':>10}{'speed-up':>10}")
+    for name, label in LABELS.items():
+        table |= {
+            f"{name}_seconds_plain": plain[name],
+            f"{name}_seconds": ours[name],
+            f"{name}_speedup": plain[name] / ours[name],
+        }
+        print(f"{label:28}{plain[name]:10.4f}{ours[name]:10.4f}{plain[name] / ours[name]:10.2f}")
+    for name, loss in float32_losses.items():
+        difference = table[f"{name}_loss_difference"] = abs(bfloat16_losses[name] / loss - 1)
+        print(f"{name} loss in bfloat16 and in float32: {100 * difference:.3f} % apart after {TRAINED} steps")
+        if difference > 0.02:
+            raise SystemExit(f"the {name} loss differs by more than 2 %")
+    file = output_root() / "results" / "bench.json"
+    file.parent.mkdir(exist_ok=True)
+    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in table.items()}
+    file.write_text(json.dumps(rounded, indent=1) + "\n")
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()

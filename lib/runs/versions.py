@@ -1,0 +1,21 @@
+"""Names for the numbers that the code gives, and fingerprints of what results depend on.
+
+Whoever changes the code so that the same settings give other numbers changes the name as well, so that no checkpoint
+or finished item of the grid is taken for one of the new code; tests/test_numerics.py fails where this was forgotten.
+"""
+
+import hashlib
+import json
+
+NUMERICS = "d7fa566ff1753849"  # networks, losses, warping, augmentation, pseudo-masks and training
+MEAN_TEACHER = "4fd182be9f838728"
+JOINT_PLUS = "refinement"
+CCTR = "aligned volumes"
+VOLUMES = "labels by share"  # what differs where images are slices of volumes
+EVALUATION = "first"  # scores, and the random draws of the masks that are tested
+VOLUME_EVALUATION = "confidence of marked pixels"  # the same of volumes
+
+
+def fingerprint(*parts):
+    """A hash of settings and data, by which a checkpoint knows whether it may be resumed."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

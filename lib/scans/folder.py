@@ -1,0 +1,128 @@
+"""A user's own folder of NIfTI images, with masks for some; and results written back onto the grids they came from."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from lib import DataError
+from lib.cohorts.reading import mark_of, read_pair, read_scan, upright_slices
+from lib.runs.files import replacing
+
+ENDINGS = (".nii.gz", ".nii")
+
+
+class Case(NamedTuple):
+    """An image, and its mask where there is one."""
+
+    name: str  # the image's file name without its endings
+    image: Path
+    mask: Path | None
+
+
+def name_of(file):
+    """A file's name without .nii or .nii.gz; None where it has neither, or is one of a system's hidden files."""
+    if file.name.startswith("."):
+        return None
+    return next((file.name[: -len(ending)] for ending in ENDINGS if file.name.lower().endswith(ending)), None)
+
+
+def nifti_files(folder, what):
+    """NIfTI files of a folder by name, sorted.
+
+    Raises:
+        DataError: no such folder, unreadable, a name that is there twice, or a link that leads out of the folder.
+    """
+    folder = Path(folder)
+    try:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder: give the one that holds the {what}")
+        files = sorted(file for file in folder.iterdir() if name_of(file))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
+    found = {}
+    for file in files:
+        try:
+            target = file.resolve()
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{file} is a link that leads nowhere ({error}): copy the file there instead") from error
+        if not target.is_relative_to(folder.resolve()):
+            raise DataError(f"{file} is a link out of its folder, to {target}: copy the file there instead")
+        if name_of(file) in found:
+            raise DataError(f"{found[name_of(file)]} and {file} have the same name: remove or rename one")
+        found[name_of(file)] = file
+    return found
+
+
+def find_cases(images, masks=None, pattern="{case}"):
+    """All images of a folder, each with its mask where there is one, sorted by name.
+
+    Args:
+        images: folder of the images.
+        masks: folder of the masks, which may be the same one; None for no masks.
+        pattern: name of a mask without its ending, where ``{case}`` stands for the image's.
+
+    Raises:
+        DataError: see ``nifti_files``; no image; a mask without an image; a pattern without ``{case}``.
+    """
+    if "{case}" not in pattern:
+        raise DataError(f"the pattern '{pattern}' of the masks' names does not hold {{case}}: write e.g. {{case}}_mask")
+    found = nifti_files(images, "images")
+    by_name = nifti_files(masks, "masks") if masks else {}
+    same = masks and Path(masks).resolve() == Path(images).resolve()
+    if same:
+        if pattern == "{case}":
+            raise DataError(f"images and masks are both in {images}: give the pattern of the masks' names")
+        names = {pattern.replace("{case}", name) for name in found}
+        found = {name: file for name, file in found.items() if name not in names}
+        by_name = {name: file for name, file in by_name.items() if name in names}
+    if not found:
+        raise DataError(f"{images} holds no .nii or .nii.gz file: give the folder that holds the images")
+    cases = [Case(name, file, by_name.pop(pattern.replace("{case}", name), None)) for name, file in found.items()]
+    if by_name:
+        raise DataError(
+            f"{next(iter(by_name.values()))} is the mask of no image in {images} ({len(by_name)} such in all): its "
+            f"name must be an image's by the pattern {pattern}"
+        )
+    return cases
+
+
+def read_case(case, axis=2, values=None):
+    """An image and its labels as slices, checked.
+
+    Args:
+        case: Case.
+        axis, values: see reading.read_pair.
+
+    Returns:
+        (image ``(slices, rows, columns)`` float32, labels uint8 or None, Grid of the image).
+
+    Raises:
+        DataError: see reading.read_pair.
+    """
+    image, labels, grid = read_pair(case.image, case.mask, values, axis)
+    slices = lambda volume: None if volume is None else upright_slices(volume, grid.axis)
+    return slices(image), slices(labels), grid
+
+
+def write_scan(slices, grid, file):
+    """Write slices back onto the grid that they came from; leaves either the old file or the whole new one.
+
+    The header's description holds a checksum, by which ``is_others`` knows the file again.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    with replacing(file) as partial:
+        nib.save(grid.image(slices), partial)
+
+
+def is_others(file):
+    """Whether a file is a whole image that we have not written, or that somebody has changed since."""
+    try:
+        read_scan(file)
+    except DataError:  # there is none, or it is damaged
+        return False
+    stored = nib.load(file)
+    return bytes(stored.header["descrip"]).rstrip(b"\0") != mark_of(np.asarray(stored.dataobj))

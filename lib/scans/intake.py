@@ -1,0 +1,230 @@
+"""A folder of scans as a cohort: which cases can be used, which of their slices, and which are held out."""
+
+import hashlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from lib import DataError
+from lib.cohorts.volumes import OwnCohort, fit_labels, fit_to, scaled
+from lib.compute import out_of_memory
+from lib.runs.versions import fingerprint
+from lib.scans.folder import find_cases, read_case
+
+LEAVE_ONE_OUT = 5  # below so many labelled subjects each is left out once
+SLICES = "upright, labels by share"  # how slices are made; another way has another name
+
+
+class Intake(NamedTuple):
+    """What a folder holds."""
+
+    cases: list  # folder.Case, those that could be read
+    failures: dict  # name of the others to what is wrong
+    notes: dict  # name to what is odd about a case, but no failure
+    values: list  # label values of the masks, background left out
+
+    @property
+    def labelled(self):
+        return [case for case in self.cases if case.mask]
+
+
+def digest(file):
+    """sha256 of a file's bytes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}): check its permissions, or copy it again") from error
+
+
+def prints_of(case, settings):
+    """Fingerprint of what a case's slices in the store are made from."""
+    files = [case.image, case.mask] if case.mask else [case.image]
+    return fingerprint([digest(file) for file in files], settings.axis, settings.size, settings.labels, SLICES)
+
+
+def take_in(settings, store):
+    """Read every case of a folder into the store; one that cannot be read is reported and does not stop the others.
+
+    Args:
+        settings: section ``folder`` of params.yaml.
+        store: store.Store of slices of ``settings.size``.
+
+    Returns:
+        Intake.
+
+    Raises:
+        DataError: the folder itself cannot be used, see folder.find_cases.
+        OSError: the store's disk is full: what cannot be kept is no fault of the case.
+    """
+    if settings.symmetric and settings.axis == 0:
+        raise DataError(
+            "folder.symmetric flips left and right, which slices along folder.axis 0 do not have: set it to false"
+        )
+    first, last = range_of(settings.slices) or (0, 0)
+    cases, failures, notes, values = [], {}, {}, set()
+    allowed = {0, *settings.labels} if settings.labels else None
+    found = find_cases(settings.images, settings.masks or None, settings.pattern)
+    for case in tqdm(found, desc="reading", unit="case"):
+        try:
+            key = prints_of(case, settings)
+            if not store.has(case.name, key):
+                image, labels, _ = read_case(case, settings.axis, allowed)
+                small = None if labels is None else fit_labels(labels, settings.size)
+                drawn = [] if labels is None else np.unique(labels[labels > 0]).tolist()
+                store.add(case.name, key, fit_to(scaled(image), settings.size), small, drawn=drawn)
+            count = len(store.images(case.name))
+            if not len(range(count)[first : last + 1]):
+                raise DataError(f"{case.image} has {count} slices, none from {first} to {last}: change folder.slices")
+            if case.mask:
+                drawn = set(store.index[case.name]["drawn"])
+                if not drawn:
+                    notes[case.name] = f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
+                elif lost := drawn - set(np.unique(store.labels(case.name)).tolist()):
+                    notes[case.name] = (
+                        f"{case.mask}: label {min(lost)} is too small for slices of {settings.size} "
+                        "pixels: raise folder.size"
+                    )
+                values |= drawn
+            cases.append(case)
+        except DataError as error:
+            failures[case.name] = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            failures[case.name] = f"{case.image} does not fit into memory: crop it, or split it into several files"
+    return Intake(cases, failures, notes, sorted(values))
+
+
+def range_of(slices):
+    """(first, last) where folder.slices is a range, else None.
+
+    Raises:
+        DataError: it is neither that nor all nor largest.
+    """
+    if slices in ("all", "largest"):
+        return None
+    try:
+        first, last = map(int, slices)
+    except (TypeError, ValueError):
+        raise DataError(f"folder.slices is '{slices}', not all, largest or two numbers [first, last]") from None
+    return first, last
+
+
+def chosen_slices(settings, store, cases):
+    """Which slices of every case are used: dictionary of name to positions."""
+    if settings.slices == "all":
+        return {case.name: np.arange(len(store.images(case.name))) for case in cases}
+    if settings.slices == "largest":
+        marked = {case.name: (store.labels(case.name) > 0).sum(axis=(1, 2)) for case in cases if case.mask}
+        largest = {name: int(area.argmax()) for name, area in marked.items()}
+        height = np.mean([place / max(1, len(marked[name]) - 1) for name, place in largest.items()]) if largest else 0.5
+        return {
+            case.name: np.array([largest.get(case.name, round(height * (len(store.images(case.name)) - 1)))])
+            for case in cases
+        }
+    first, last = range_of(settings.slices)
+    return {case.name: np.arange(len(store.images(case.name)))[first : last + 1] for case in cases}
+
+
+def subjects_of(names, pattern):
+    """Dictionary of subject to its cases: cases are of one subject where the pattern's first group is the same in them.
+
+    Args:
+        names: of cases.
+        pattern: regular expression; a case in which it is not found, or any where it is empty, is a subject of its own.
+
+    Raises:
+        DataError: it is no regular expression with a group.
+    """
+    try:
+        if pattern and not re.compile(pattern).groups:
+            raise re.error("there is no group in it")
+        found = {name: re.search(pattern, name) if pattern else None for name in names}
+    except re.error as error:
+        raise DataError(f"folder.subject '{pattern}' cannot be used ({error}): write e.g. (sub-[0-9]+)") from error
+    subjects = {}
+    for name, match in found.items():
+        subjects.setdefault((match[1] if match else None) or name, []).append(name)
+    return subjects
+
+
+def folds_of(subjects, seed):
+    """Names of the labelled cases that are held out, once per network to be trained: all of a subject or none.
+
+    One subject alone cannot be held out: the one fold is then empty.
+
+    Args:
+        subjects: of ``subjects_of``.
+    """
+    cases = list(subjects.values())
+    if len(cases) == 1:
+        return [()]
+    if len(cases) < LEAVE_ONE_OUT:
+        return [tuple(names) for names in cases]
+    order = np.random.default_rng([seed, 2]).permutation(len(cases))
+    return [tuple(name for k in sorted(order[: round(len(cases) / 5)]) for name in cases[k])]
+
+
+def build(settings, store, intake, held_out):
+    """The cohort of one fold.
+
+    Args:
+        settings: as params.load gives them.
+        held_out: names of the labelled cases that validate; where it is empty, those that train do.
+
+    Returns:
+        OwnCohort. Of slices without masks, at most folder.unlabelled are in it, of those with masks at most
+        folder.labelled to train and as many to validate: it lies in memory. They are thinned evenly.
+    """
+    options = settings.folder
+    slices = chosen_slices(options, store, intake.cases)
+    free = [(case.name, k) for case in intake.cases if not case.mask for k in slices[case.name]]
+    drawn = [(case.name, k) for case in intake.labelled for k in slices[case.name]]
+    held = [row for row in drawn if row[0] in held_out]
+    rows = [
+        (name, int(k), split, masked)
+        for group, most, split, masked in (
+            (free, options.unlabelled, "train", False),
+            ([row for row in drawn if row[0] not in held_out], options.labelled, "train", True),
+            (held or drawn, options.labelled, "validation", True),
+        )
+        for name, k in thinned(group, most)
+    ]
+    empty = np.zeros((options.size, options.size), np.uint8)
+    to_class = np.zeros(256, np.uint8)
+    to_class[intake.values] = np.arange(1, len(intake.values) + 1)
+    return OwnCohort(
+        name="folder",
+        title="own data",
+        symmetric=options.symmetric,
+        pixel_mm=1.0,
+        classes=class_names(intake.values),
+        # Each is copied at once: what remains a view of the map keeps its file open.
+        images=np.stack([store.images(name)[k].astype(np.float32) for name, k, *_ in rows]),
+        labels=np.stack([to_class[store.labels(name)[k]] if masked else empty for name, k, _, masked in rows]),
+        subjects=np.array([name for name, *_ in rows]),
+        split=np.array([split for *_, split, _ in rows]),
+        masked=np.array([masked for *_, masked in rows]),
+        volumes=np.array([f"{name}/{split}" for name, _, split, _ in rows]),
+        positions=np.array([k / max(1, len(store.images(name)) - 1) for name, k, *_ in rows], np.float32),
+        ranks=np.zeros(len(rows), int),
+        shapes=np.zeros((0, 3), int),
+        truth=np.zeros(0, np.uint8),
+    )
+
+
+def thinned(items, most):
+    """At most so many of the items, evenly spread."""
+    return [items[k] for k in np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)]
+
+
+def class_names(values):
+    """What the label values are called in tables."""
+    return tuple(f"label {value}" for value in values)

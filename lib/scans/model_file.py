@@ -1,0 +1,128 @@
+"""A trained model as one file: safetensors, so that nothing in it is ever executed."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lib import DataError
+from lib.models import ResidualUNet
+from lib.runs.files import replacing
+from lib.runs.versions import fingerprint
+from lib.training import weights_digest
+
+FORMAT = "joint segmentation and registration"
+VERSION = 2
+
+
+class Model(NamedTuple):
+    """Segmentation networks of the same kind, whose mean is the mask, and what is needed to apply them.
+
+    ``about``: classes (names), values (label value of each class in the masks), size (side of the slices), axis,
+    normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and
+    settings), licence (of the training data) and calibration (rows of number of a held-out
+    subject, mean confidence and DSC, of it and of worse views of it).
+    """
+
+    networks: list
+    about: dict
+
+    def to(self, numerics):
+        """The model on a device."""
+        return self._replace(networks=[numerics.place(network) for network in self.networks])
+
+    @property
+    def key(self):
+        """Fingerprint of the weights and of how they are applied."""
+        sums = [float(value.double().sum()) for network in self.networks for value in network.state_dict().values()]
+        return fingerprint({name: self.about[name] for name in REQUIRED}, sums)
+
+
+REQUIRED = {
+    "classes": list,
+    "values": list,
+    "size": int,
+    "axis": int,
+    "normalisation": str,
+    "pseudo_masks": dict,
+    "symmetric": bool,
+    "fingerprint": str,
+    "licence": str,
+    "calibration": list,
+}
+
+
+def checksum(about, networks):
+    """Fingerprint of all that a model file holds."""
+    return fingerprint(about, [weights_digest(network) for network in networks])
+
+
+def save_model(model, file):
+    """Write a model; leaves either the old file or the whole new one. The same model gives the same bytes.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    file = Path(file)
+    tensors = {
+        f"{k}/{name}": value.detach().cpu().contiguous()
+        for k, network in enumerate(model.networks)
+        for name, value in network.state_dict().items()
+    }
+    about = {**model.about, "networks": len(model.networks)}
+    about |= {"checksum": checksum(about, model.networks), "format": FORMAT, "version": VERSION}
+    with replacing(file) as partial:
+        try:
+            save_file(tensors, partial, {"about": json.dumps(about)})  # one entry: several are written in random order
+        except SafetensorError as error:  # as which the full disk comes
+            raise OSError(f"{file} cannot be written ({error})") from error
+
+
+def load_model(file):
+    """The model in a file, on the CPU, whatever it was trained on.
+
+    Raises:
+        DataError: the file is missing, is no model of this project, is of another version, or is not whole.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise DataError(f"{file} does not exist: give the model file that a training has written")
+    try:
+        with safe_open(file, framework="pt", device="cpu") as archive:
+            about = json.loads((archive.metadata() or {}).get("about", "{}"))
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(
+            f"{file} is not a model file, or is cut short ({error}): train again, or copy it again"
+        ) from error
+    if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
+        raise DataError(f"{file} is a safetensors file, but not a model of this project: give one that it has trained")
+    if (version := about.pop("version", None)) != VERSION:
+        raise DataError(
+            f"{file} is a model of version {version}, this is version {VERSION}: train again, or use the "
+            "release that wrote it"
+        )
+    try:
+        for name, kind in REQUIRED.items():
+            if not isinstance(about[name], kind):
+                raise TypeError(f"{name} is {about[name]!r}")
+        networks = []
+        for k in range(int(about["networks"])):
+            network = ResidualUNet(len(about["classes"]), about["normalisation"])
+            own = {name.split("/", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{k}/")}
+            if not all(torch.isfinite(value).all() for value in own.values()):
+                raise ValueError("a weight is not finite")
+            network.load_state_dict(own)
+            networks.append(network.eval())
+        if not networks:
+            raise ValueError("there is no network in it")
+        if about.pop("checksum", None) != checksum(about, networks):
+            raise ValueError("it has changed since it was written")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise DataError(
+            f"{file} is a model file whose content does not fit ({error}): train again, or copy it again"
+        ) from error
+    return Model(networks, about)

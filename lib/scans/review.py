@@ -1,0 +1,178 @@
+"""Looking at what was segmented: the least certain cases, what their confidence foretells, and a viewer of all."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+
+from lib.cohorts.reading import read_grid, read_scan
+from lib.cohorts.volumes import scaled
+from lib.methods.experiment import Experiment, finished_rounds
+from lib.metrics import dice
+from lib.results.calibration import predict_dsc
+from lib.results.plots import OTHER, draw
+from lib.results.viewer import Viewer, experiment_layers
+from lib.runs import params
+from lib.runs.params import cohort_file
+from lib.scans.folder import find_cases, nifti_files
+from lib.scans.training import fold_settings
+
+
+class Review:
+    """The results of segment_folder, read back from its files.
+
+    Args:
+        settings: as segment_folder got them.
+        table: what it gave, cases.csv.
+        model: model_file.Model that made them.
+    """
+
+    def __init__(self, settings, table, model):
+        self.settings, self.model = settings, model
+        self.table = table[table["status"] == "done"].set_index("case")
+        options = settings.folder
+        self.output = Path(options.output)
+        self.cases = {case.name: case for case in find_cases(options.images, options.masks or None, options.pattern)}
+        self.volumes = lru_cache(1)(self.volumes)  # one may be gigabytes
+
+    def volumes(self, name):
+        """What there is of a case, ``(slices, rows, columns)`` each, and the shape of its pixels.
+
+        Returns:
+            (image in [0, 1], labels, confidence, hand-drawn labels or None, height of a pixel over its width).
+        """
+        case, axis = self.cases[name], self.model.about["axis"]
+        labels, confidence = (
+            read_scan(self.output / f"{name}_{what}.nii.gz", axis)[0] for what in ("mask", "confidence")
+        )
+        drawn = read_scan(case.mask, axis)[0].astype(np.uint8) if case.mask else None
+        image, grid = read_scan(case.image, axis)
+        return scaled(image), labels.astype(np.uint8), confidence, drawn, grid.spacing[1] / grid.spacing[2]
+
+    def channels(self, labels):
+        """Labels ``(rows, columns)`` as masks ``(classes, rows, columns)``."""
+        return np.stack([labels == value for value in self.model.about["values"]]).astype(np.float32)
+
+    def dsc_with(self, folder):
+        """DSC of every case that has a mask in ``folder``, mean over classes: pandas.Series of case to DSC."""
+        scores = {}
+        for name, file in nifti_files(folder, "masks").items():
+            if name in self.table.index:
+                pair = [
+                    torch.as_tensor(np.stack([self.channels(one) for one in labels], axis=1))[None]
+                    for labels in (self.volumes(name)[1], read_scan(file, self.model.about["axis"])[0])
+                ]
+                scores[name] = float(dice(*pair).mean())
+        return pd.Series(scores, name="dsc", dtype=float)
+
+    def agreement(self, true_dsc):
+        """How well the predicted DSC foretells the true one.
+
+        Args:
+            true_dsc: as ``dsc_with`` gives it.
+
+        Returns:
+            pandas.Series: masks (their number), dsc and predicted_dsc (means), worst_dsc, inside (how many lie within
+            their interval), width (of the intervals, median), spearman (of mean confidence and true DSC) and flagged.
+        """
+        table = self.table.loc[true_dsc.index]
+        inside = true_dsc.between(table["predicted_low"], table["predicted_high"])
+        return pd.Series(
+            {
+                "masks": len(table),
+                "dsc": true_dsc.mean(),
+                "predicted_dsc": table["predicted_dsc"].mean(),
+                "worst_dsc": true_dsc.min(),
+                "inside": int(inside.sum()),
+                "width": (table["predicted_high"] - table["predicted_low"]).median(),
+                "spearman": table["confidence"].corr(true_dsc, "spearman"),
+                "flagged": int(table["review"].sum()),
+            }
+        )
+
+    def contact_sheet(self, count=12, columns=6):
+        """The least certain cases: image with mask above, confidence below, at the slice where most is marked."""
+        worst = self.table.sort_values(["predicted_dsc", "confidence"]).head(count)
+        rows = -(-len(worst) // columns)
+        columns = min(columns, len(worst))
+        figure, axes = plt.subplots(2 * rows, columns, figsize=(2.1 * columns, 5 * rows), squeeze=False)
+        for ax in axes.flat:
+            ax.axis("off")
+        for k, (name, row) in enumerate(worst.iterrows()):
+            image, labels, confidence, _, aspect = self.volumes(name)
+            at = int((labels > 0).sum(axis=(1, 2)).argmax())
+            above, below = axes[2 * (k // columns) : 2 * (k // columns) + 2, k % columns]
+            title = f"{name}\npredicted DSC {row['predicted_dsc']:.2f}"
+            draw(above, image[at], self.channels(labels[at]), title, colour=OTHER)
+            draw(below, image[at], heat=2 * (1 - confidence[at]), title=f"mean confidence {row['confidence']:.2f}")
+            for ax in (above, below):
+                ax.set_aspect(aspect)
+        figure.tight_layout()
+        return figure
+
+    def predictions(self, true_dsc=None):
+        """Predicted DSC of every case over its mean confidence, and the held-out cases that it is learnt from.
+
+        Args:
+            true_dsc: pandas.Series of case to DSC, where masks are known that no method has seen.
+        """
+        figure, ax = plt.subplots(figsize=(5.6, 3.8))
+        pairs = np.reshape(self.model.about["calibration"], (-1, 3))
+        every = np.concatenate((self.table["confidence"], pairs[:, 1]))
+        spread = np.linspace(every.min(), every.max(), 50)
+        predicted, low, high = np.transpose([predict_dsc(pairs, x) for x in spread])
+        ax.plot(spread, predicted, color="black", label="predicted DSC")
+        ax.fill_between(spread, low, high, color="black", alpha=0.1, label="95 % prediction interval")
+        ax.plot(*pairs.T[1:], ".", color="#1f77b4", alpha=0.5, label="held-out cases, and worse views of them")
+        if true_dsc is not None:
+            ax.plot(
+                self.table["confidence"][true_dsc.index], true_dsc, ".", color="#d62728", label="masks that were hidden"
+            )
+        ax.axhline(self.settings.folder.review, color="grey", linestyle=":", label="to be reviewed below")
+        ax.set(xlabel="mean confidence of the mask", ylabel="DSC", ylim=(-0.02, 1.02))
+        ax.legend(fontsize=7, loc="lower right")
+        figure.tight_layout()
+        return figure
+
+    def viewer(self):
+        """A Viewer of all cases, the least certain first: the result and, where it was trained here, every round.
+
+        Rounds are those of the first network; slices beyond those that it was trained with have the result alone.
+        """
+        rounds, seen, layers = ["result"], {}, None
+        order = self.table.sort_values(["predicted_dsc", "confidence"]).index
+        counts = {name: read_grid(self.cases[name].image, self.model.about["axis"]).slices[0] for name in order}
+        with params.outputs_under(self.output):
+            own = fold_settings(self.settings, 0)
+            if not self.settings.folder.model and cohort_file(own).exists():
+                experiment = Experiment(own)
+                layers = experiment_layers(experiment)
+                cohort = experiment.cohort
+                seen = {
+                    (name, round(float(at) * (counts[name] - 1))): index
+                    for index, (name, at) in enumerate(zip(cohort.subjects, cohort.positions))
+                    if name in counts
+                }
+                rounds = [*finished_rounds(experiment, "joint_plus"), "result"]
+
+        def look(name, number, chosen):
+            image, labels, confidence, drawn, aspect = self.volumes(name)
+            found = {
+                "image": image[number],
+                "prediction": self.channels(labels[number]),
+                "confidence": confidence[number],
+                "aspect": aspect,
+            }
+            if drawn is not None:
+                found["true mask"] = self.channels(drawn[number])
+            if chosen == "result":
+                return found
+            if (name, number) not in seen:
+                return {"image": image[number], "aspect": aspect}
+            with params.outputs_under(self.output):
+                return layers(seen[name, number], chosen)
+
+        return Viewer(counts, look, rounds, self.model.about["classes"])

@@ -1,0 +1,183 @@
+"""From a folder of scans with masks for some to masks for all, each with a confidence map and a predicted DSC."""
+
+import errno
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from lib import DataError
+from lib.cohorts.reading import read_grid
+from lib.compute import Numerics
+from lib.runs import params
+from lib.runs.files import append_line, read_lines, replacing
+from lib.runs.versions import JOINT_PLUS, NUMERICS, fingerprint
+from lib.scans.applying import apply
+from lib.scans.folder import is_others
+from lib.scans.intake import chosen_slices, digest, take_in
+from lib.scans.model_file import load_model, save_model
+from lib.scans.store import Store
+from lib.scans.training import TOLERANCE, train
+
+
+@contextmanager
+def at_work(settings):
+    """Context in which nobody else works in folder.output, and all outputs lie there.
+
+    Raises:
+        DataError: another run is at work there; it is a folder of inputs, or cannot be written to; the disk is full.
+    """
+    output = Path(settings.folder.output)
+    for what in ("images", "masks"):
+        if settings.folder[what] and Path(settings.folder[what]).resolve() == output.resolve():
+            raise DataError(f"{output} is the folder of the {what}: give another one for what comes out")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise DataError(f"another run is at work in {output}: wait for it, or give another output folder") from None
+    except OSError as error:
+        raise DataError(f"{output} cannot be written to ({error.strerror}): give another output folder") from error
+    with lock, params.outputs_under(output):
+        try:
+            yield output
+        except OSError as error:
+            full = error.errno in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # safetensors gives no number
+            what = f"{output} cannot be written to ({error}): make room" if full else str(error)
+            raise DataError(f"{what}; what is finished is kept, and the same command goes on from here") from error
+
+
+def segment_folder(settings):
+    """Masks and confidence maps of every image of a folder, by the given model or by one trained on it.
+
+    Everything lies under folder.output: ``<case>_mask.nii.gz``, ``<case>_confidence.nii.gz``, cases.csv, the model
+    with held_out.csv, and ``work`` with what a killed run goes on from. What is there already, from the same image,
+    model and settings, is not computed again. A file that somebody has changed, or that is not of these runs, is kept.
+
+    Args:
+        settings: as params.load gives them, of cohort ``folder``.
+
+    Returns:
+        pandas.DataFrame, cases.csv: one row per case, ``status`` done, kept or failed, and ``note`` says why.
+
+    Raises:
+        DataError: the folders cannot be used, nothing is labelled, or the model is none; see also ``at_work``.
+    """
+    with at_work(settings) as output:
+        options = settings.folder
+        model = load_model(options.model) if options.model else None
+        if model:
+            options |= {"size": model.about["size"], "axis": model.about["axis"]}
+        store = Store(output / "work" / "slices" / str(options.size), options.size)
+        intake = take_in(options, store)
+        for reason in intake.failures.values():  # now, not after hours of training
+            tqdm.write(f"left out: {reason}")
+        counts = len(intake.cases), len(intake.labelled), len(intake.failures)
+        tqdm.write("{} cases, {} of them with masks; {} left out".format(*counts))
+        if model is None:
+            model = trained(settings, store, intake, output)
+        table = summary(segment_cases(settings, model, store, intake, output), model.about["classes"], options.review)
+        write_table(table, output / "cases.csv")
+        return table
+
+
+def segment_cases(settings, model, store, intake, output):
+    """Rows of cases.csv, as dictionaries; cases that are finished are taken from the log of the runs before."""
+    numerics = Numerics(settings.device, settings.precision)
+    model = model.to(numerics)
+    slices = chosen_slices(settings.folder, store, intake.cases)
+    log_file = output / "work" / "cases.jsonl"
+    log = read_lines(log_file, "case")
+    files_of = lambda name: [output / f"{name}_{what}.nii.gz" for what in ("mask", "confidence")]
+    rows = []
+    for name, note in intake.failures.items():
+        old = "; its files in the output folder are of an earlier run" if any(map(Path.exists, files_of(name))) else ""
+        rows.append({"case": name, "status": "failed", "note": note + old})
+    for case in tqdm(intake.cases, desc="segmenting", unit="case"):
+        key = fingerprint(model.key, store.index[case.name]["fingerprint"], slices[case.name].tolist(), str(case.image))
+        files, row = files_of(case.name), log.get(case.name, {})
+        digests = lambda: [digest(file) if file.exists() else "" for file in files]
+        if row.get("fingerprint") != key or row.get("digests") != digests():
+            try:
+                if others := [file for file in files if is_others(file)]:
+                    row = {
+                        "case": case.name,
+                        "status": "kept",
+                        "note": f"{others[0]} has been changed, or was there "
+                        "before, and is kept: move it away to have it made",
+                    }
+                else:
+                    grid = read_grid(case.image, settings.folder.axis)
+                    row = apply(model, case.name, store.images(case.name), slices[case.name], grid, output, numerics)
+                    row |= {"status": "done", "fingerprint": key, "digests": digests()}
+                    append_line(row, log_file)
+            except DataError as error:
+                row = {"case": case.name, "status": "failed", "note": str(error)}
+        rows.append({"note": intake.notes.get(case.name, ""), **row, "labelled": case.mask is not None})
+    return rows
+
+
+def write_table(table, file):
+    """Write a CSV file; leaves either the old file or the whole new one."""
+    with replacing(file) as partial:
+        table.round(4).to_csv(partial, index=False)
+
+
+def summary(rows, classes, review):
+    """cases.csv: to be reviewed is what failed, what marks nothing, and what is not known to reach DSC ``review``.
+
+    What somebody has changed has been reviewed.
+    """
+    columns = [
+        "case",
+        "status",
+        "labelled",
+        "slices",
+        "of_slices",
+        "unit",
+        *classes,
+        "confidence",
+        "predicted_dsc",
+        "predicted_low",
+        "predicted_high",
+        "note",
+    ]
+    table = pd.DataFrame(rows).sort_values("case", ignore_index=True).reindex(columns=columns)
+    doubtful = ~(table["predicted_dsc"] >= review) | (table[list(classes)].sum(axis=1) == 0)
+    table.insert(2, "review", doubtful & (table["status"] != "kept"))
+    return table
+
+
+def trained(settings, store, intake, output):
+    """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
+    others = "grid", "folder", "cctr", "baseline", "varied", *params.CHOICES["cohort"]
+    relevant = {key: value for key, value in settings.items() if key not in others}
+    names = (
+        "axis",
+        "size",
+        "slices",
+        "subject",
+        "symmetric",
+        "unlabelled",
+        "labelled",
+        "degraded_views",
+        "degradation",
+        "licence",
+    )
+    options = {name: settings.folder[name] for name in names}
+    prints = [store.index[case.name]["fingerprint"] for case in intake.cases]
+    key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, JOINT_PLUS, TOLERANCE)
+    file = output / "model.safetensors"
+    try:
+        model = load_model(file)
+        if model.about.get("key") == key and (output / "held_out.csv").exists():
+            return model
+    except DataError:
+        pass
+    model, held_out = train(settings, store, intake)
+    write_table(held_out, output / "held_out.csv")
+    model.about["key"] = key
+    save_model(model, file)
+    return model
