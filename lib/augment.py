@@ -11,7 +11,7 @@ from lib.warping import pixel_grid, sample
 class Affine(NamedTuple):
     """One affine map per image, about the image's centre c: y = c + matrix (x - c) + shift, in pixels.
 
-    An image transformed by it has at x what the image before had at y.
+    The transformed image shows at x what the original shows at y.
     """
 
     matrix: torch.Tensor  # (batch, axes, axes)
@@ -27,10 +27,10 @@ class Affine(NamedTuple):
         return Affine(self.matrix[index], self.shift[index])
 
     def apply(self, images, padding="border"):
-        """Images or masks ``(batch, channels, *space)``, transformed; outside is edge or zero."""
+        """Images or masks ``(batch, channels, *space)``, transformed; outside, see ``warping.sample``."""
         space = images.shape[2:]
         grid = pixel_grid(space, images.device).flatten(2)
-        centre = grid[..., -1:] / 2  # made where the grid is: a tensor of numbers would wait for the GPU
+        centre = grid[..., -1:] / 2  # made on the device: a tensor from numbers would wait for the GPU
         moved = self.matrix @ (grid - centre) + centre + self.shift[..., None]
         return sample(images, moved.unflatten(2, space), padding)
 

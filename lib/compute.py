@@ -78,7 +78,7 @@ class Numerics:
         return max(1, int(self.share * pixels) // (images.shape[-1] * images.shape[-2]))
 
     def sharing(self, share):
-        """The same, for a share of the memory."""
+        """The same numerics, with batches for a share of the memory."""
         other = copy.copy(self)
         other.share = share
         return other

@@ -20,9 +20,9 @@ def soft_dice_loss(prediction, target, pooled=False):
 
     Args:
         prediction, target: ``(batch, classes, *space)`` in [0, 1]; targets may be soft.
-        pooled: sum over the pixels of the whole batch, as if it were one volume, instead of image by image. Where an
-            image lacks a class, its own loss is 1 whatever is wrongly marked and hardly has a gradient; slices of
-            volumes lack some class often.
+        pooled: sum over the pixels of the whole batch, as if it were one volume, instead of image by image. Slices of
+            volumes often lack a class. The loss of such a slice alone is 1 whatever is wrongly marked, and has hardly
+            any gradient.
 
     Returns:
         Scalar in [0, 1], the mean over images (unless pooled) and classes. Two empty masks count as 0.

@@ -9,11 +9,11 @@ def to_labels(masks):
     """The most probable label of every pixel.
 
     Args:
-        masks: ``(n, classes, ...)`` in [0, 1]; what they leave of 1 is the background's, so that a single class is
-            thresholded at 0.5.
+        masks: ``(n, classes, ...)`` in [0, 1]. The rest to 1 is the probability of the background, so a single class
+            is thresholded at 0.5.
 
     Returns:
-        ``(n, ...)`` integer, 0 where it is the background.
+        ``(n, ...)`` integer, 0 for the background.
     """
     background = (1 - masks.sum(dim=1, keepdim=True)).clamp_min(0)
     return torch.cat((background, masks), dim=1).argmax(dim=1)

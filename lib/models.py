@@ -93,7 +93,7 @@ class ConcatenationBlock(nn.Module):
 
     def forward(self, x):
         features = self.second(F.leaky_relu(self.norm(self.first(x)), 0.2, inplace=True))
-        both = torch.cat((x.to(features.dtype), features), 1)  # the images are not in bfloat16: all would be float32
+        both = torch.cat((x.to(features.dtype), features), 1)  # images are float32 and would make all so
         return F.leaky_relu(self.fuse(both), 0.2, inplace=True)
 
 
@@ -101,7 +101,7 @@ class MrRegNet(nn.Module):
     """MrRegNet (P1, section 2.3 and its reference 12): displacement fields from coarse to fine.
 
     5 levels of 32 channels, about 0.31 million parameters. Level i adds a residual field to the field of the
-    level below: D_i = 2 upsample(D_{i-1}) + R_i, in pixels of its own level.
+    coarser level before it: D_i = 2 upsample(D_{i-1}) + R_i, in pixels of its own level.
     """
 
     def __init__(self, normalisation="none", channels=32):

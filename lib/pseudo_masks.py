@@ -77,7 +77,7 @@ def draw_sources(images, sources, n, generator, matches=None):
     """``(images, n)`` random source indices: all different where there are enough, else repeated.
 
     Args:
-        matches: ``(images, k)`` indices of the sources that are in question for each image; None for all.
+        matches: ``(images, k)`` indices of the sources that may be drawn for each image; None for all.
     """
     count = sources if matches is None else matches.shape[1]
     order = torch.rand((images, count), generator=generator, device=generator.device).argsort(dim=1)
@@ -97,7 +97,7 @@ def best_sources(network, images, sources, source_masks, n, candidates, generato
 
 @torch.no_grad()
 def every_mask(networks, images, sources, source_masks, settings, flip, generator, numerics, matches=None):
-    """The 2N masks of a batch of images: by the segmentation network of augmented images, and warped from sources.
+    """The 2N masks of a batch of images: N by the segmentation network, N warped from sources.
 
     Args:
         as ``generate``.
@@ -140,7 +140,7 @@ def generate(
         flip: whether the anatomy is symmetric.
         generator: for all draws.
         label: of the progress bar.
-        matches: ``(images, k)`` indices of the sources in question for each image; None for all.
+        matches: ``(images, k)`` indices of the sources that may be drawn for each image; None for all.
 
     Returns:
         PseudoMasks.
@@ -155,6 +155,7 @@ def generate(
             networks, images[start : start + size], sources, source_masks, settings, flip, generator, numerics, allowed
         )
         folds = torch.stack([folding(d) for d in displacements]).mean(0)
+        # Only means are kept: all 2N masks of many images would not fit into memory. seen[0] is of the plain image.
         parts.append(PseudoMasks(seen[0], seen.mean(0), warped.mean(0), torch.cat((seen, warped)).mean(0), folds))
     return PseudoMasks(*(torch.cat(part) for part in zip(*parts)))
 
@@ -172,8 +173,8 @@ def mean_confidence(soft, case=None):
 
     Args:
         soft: ``(images, classes, *space)``.
-        case: ``(images,)`` number of the volume, below ``images``, that each is a slice of: slices of one volume are
-            averaged together, so that those in which little is marked weigh little. None: every image is a case.
+        case: ``(images,)`` number, below ``images``, of the volume that each is a slice of. Slices of one volume are
+            averaged together: those in which little is marked weigh little. None: every image is a case.
 
     Returns:
         ``(images,)``, the same for all slices of a volume.

@@ -1,7 +1,7 @@
-"""Instance-specific refinement: a displacement field goes on improving for the one pair of images it is for.
+"""Instance-specific refinement: a displacement field is improved further for its own pair of images.
 
-The network gives a field in one pass; a few steps of gradient descent on the field itself then align what the
-network has left (as Balakrishnan et al., VoxelMorph, IEEE TMI 2019, section V-D). No mask is used.
+The network gives a field in one pass. A few steps of gradient descent on the field itself then align what the network
+has not (as Balakrishnan et al., VoxelMorph, IEEE TMI 2019, section V-D). No mask is used.
 """
 
 import torch
@@ -38,6 +38,7 @@ def refine(field, source, target, options):
             with torch.enable_grad():
                 whole = moved()
                 similarity = gncc(warp(source, whole), target).mean()
+                # The sum over pairs: the gradient of a pair does not depend on how many others are in the batch.
                 loss = len(field) * (options.smoothness * smoothness_loss(whole) - similarity)
             optimiser.zero_grad()
             loss.backward()

@@ -31,8 +31,10 @@ def similarities(network, images, sources, targets, numerics):
 
 
 def cover(similarity, count):
-    """Greedy facility location: each next source is the one that raises the mean, over the targets, of the similarity
-    to their best source so far the most.
+    """Greedy facility location.
+
+    A choice is worth the mean, over the targets, of the similarity to their best chosen source. Each next source is
+    the one that raises this most.
 
     Args:
         similarity: ``(sources, targets)``.

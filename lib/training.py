@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 CHECKPOINT_SECONDS = 20
-HOST_STEPS = 10  # steps between two looks at the loss, each of which waits for the GPU
+HOST_STEPS = 10  # steps between two looks at the loss; each look waits for the GPU
 
 
 def learning_rate(schedule, peak, step, steps):
@@ -27,7 +27,7 @@ def learning_rate(schedule, peak, step, steps):
 
 
 class Clock:
-    """Seconds of work on a device. On the CPU those in which a process was paused, or waited its turn, do not count.
+    """Seconds of work on a device. On the CPU, seconds in which the process was paused or waited do not count.
 
     Args:
         device: torch.device.
@@ -56,10 +56,10 @@ class Fit(NamedTuple):
 
 
 class Best:
-    """The weights of every part of a network as they were where it was best.
+    """The best weights of every part of a network, by validation score.
 
     Args:
-        parts: names of modules, each of which is kept by itself; one that is empty stands for the whole network.
+        parts: names of modules. Each is kept by itself. An empty name stands for the whole network.
         scores, weights: those of an interrupted run.
     """
 
@@ -69,7 +69,7 @@ class Best:
         self.weights = weights or {}
 
     def update(self, network, scores):
-        """Keep the parts whose score is not below the best, so that of equals the later one is kept."""
+        """Keep the parts whose score is at least the best so far: of equal scores the later one is kept."""
         for k, part in enumerate(self.parts):
             if scores[k] >= self.scores[k]:
                 weights = network.get_submodule(part).state_dict(prefix=part and f"{part}.")
@@ -77,7 +77,7 @@ class Best:
                 self.scores[k] = scores[k]
 
     def restore(self, network):
-        """Give the network its best parts back; as it is where none was ever scored."""
+        """Give the network its best parts back. A part that was never scored stays as it is."""
         network.load_state_dict({**network.state_dict(), **self.weights})
 
 
@@ -109,12 +109,12 @@ def fit(
         label: of the progress bar.
         checkpoint: where an interrupted run is kept, such as runs.cabinet.Checkpoint: ``load()`` gives the dictionary
             that was last given to ``save(contents)``, or None. None keeps nothing.
-        validate: function of the network that gives a score, or a list of them, one for each of ``parts``; the weights
-            of the best score are kept.
-        checks: how many times it is called, evenly spaced.
+        validate: function of the network that gives a score, or a list of them, one for each of ``parts``. The weights
+            with the best score are kept.
+        checks: how many times ``validate`` is called, evenly spaced.
         after_step: called after every step, for averages of the weights that are part of ``network``.
-        watch: function of the network that gives what is to be kept, tensors, whenever ``validate`` is called.
-        parts: modules of the network, each of which is validated, and kept where it was best, by itself.
+        watch: function of the network, called after ``validate``. The tensors that it gives are kept.
+        parts: modules of the network. Each is validated by itself and ends with its own best weights.
 
     Returns:
         Fit.
@@ -130,8 +130,8 @@ def fit(
     saved = checkpoint.load() if checkpoint else None
     if saved:
         network.load_state_dict(saved["network"])
-        optimiser.load_state_dict({**optimiser.state_dict(), **saved["optimiser"]})  # old ones have the state alone
-        generator.set_state(saved["generator"].cpu())
+        optimiser.load_state_dict({**optimiser.state_dict(), **saved["optimiser"]})  # old files hold the state alone
+        generator.set_state(saved["generator"].cpu())  # loading has moved it; torch wants it on the CPU
         history, watched, before = saved["history"], saved["watched"], saved["seconds"]
         best, start = Best(parts, listed(saved["best_score"]), saved["best"]), saved["step"]
     clock = Clock(device)
@@ -158,10 +158,11 @@ def fit(
             group["lr"] = rate
         losses = batch_loss(generator, step)
         optimiser.zero_grad()
-        next(iter(losses.values())).backward()
+        next(iter(losses.values())).backward()  # the first is the total, the others are for the log
         optimiser.step()
         if after_step:
             after_step()
+        # Losses stay on the device until the next look: reading each at once would make every step wait for the GPU.
         pending.append((step + 1, rate, torch.stack([value.detach() for value in losses.values()])))
         last = step + 1 == steps
         if (step + 1) % HOST_STEPS == 0 or last:
@@ -174,6 +175,7 @@ def fit(
                 history.append({"step": number, "learning_rate": at_rate, **dict(zip(losses, row))})
             pending = []
             bar.set_postfix({name: f"{value:.3f}" for name, value in zip(losses, values[-1])}, refresh=False)
+            # A check is due if one of the evenly spaced ones lies in the steps since the last look.
             if validate and (last or (step + 1) * checks // steps > (step + 1 - HOST_STEPS) * checks // steps):
                 scores = listed(validate(network))
                 history[-1] |= dict(zip(columns, scores, strict=True))
@@ -186,7 +188,7 @@ def fit(
         bar.update()
         clock.read()
     bar.close()
-    best.restore(network)
+    best.restore(network)  # after the checkpoint, which holds the weights of the last step beside the best ones
     return Fit(pd.DataFrame(history), before + clock.read(), watched)
 
 

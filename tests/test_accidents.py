@@ -18,6 +18,8 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from test_own import fill, scan
 
 from lib import DataError
 from lib.models import ResidualUNet
@@ -27,11 +29,19 @@ from lib.scans.folder import nifti_files
 from lib.scans.intake import take_in
 from lib.scans.segment import segment_folder
 from lib.scans.store import Store
-from test_own import fill, scan
 
-SMALL = {"scale": "smoke", "folder.size": 32, "scales.smoke.segmentation.max_steps": 2, "pseudo_masks.n": 1,
-         "scales.smoke.joint_plus.segmentation_epochs": 1, "joint_plus.refine": False, "joint_plus.pairs_per_image": 1,
-         "segmentation.batch": 2, "registration.batch": 2, "joint_plus.batch": 3}
+SMALL = {
+    "scale": "smoke",
+    "folder.size": 32,
+    "scales.smoke.segmentation.max_steps": 2,
+    "pseudo_masks.n": 1,
+    "scales.smoke.joint_plus.segmentation_epochs": 1,
+    "joint_plus.refine": False,
+    "joint_plus.pairs_per_image": 1,
+    "segmentation.batch": 2,
+    "registration.batch": 2,
+    "joint_plus.batch": 3,
+}
 
 
 def settings_for(folder, **changes):
@@ -44,8 +54,11 @@ def settings_for(folder, **changes):
 def outcome(folder):
     """All bytes of a finished run, but for checkpoints, costs and logs, which hold times, in any order."""
     files = [file for file in (folder / "out").rglob("*") if file.is_file()]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files
-            if not {"checkpoints", "slices", "cases.jsonl", "costs"} & {*file.parts}}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in files
+        if not {"checkpoints", "slices", "cases.jsonl", "costs"} & {*file.parts}
+    }
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +114,10 @@ def test_a_run_stopped_in_every_stage_ends_with_the_same_bytes(tmp_path):
     assert process.wait() == 0 and "7 of 7 cases are segmented" in log.read_text(), log.read_text()
     again = [file for file, written in masks.items() if file.stat().st_mtime_ns != written]
     assert 0 < len(masks) < 7 and len(again) <= 1  # the one whose confidence map was not yet there
-    found, expected = ({name.replace(folder.name, ""): content for name, content in outcome(folder).items()}
-                       for folder in (stopped, whole))
+    found, expected = (
+        {name.replace(folder.name, ""): content for name, content in outcome(folder).items()}
+        for folder in (stopped, whole)
+    )
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []
 
@@ -119,7 +134,7 @@ def struck_at_every_write(folder, accident):
     Returns:
         Names of the files at which runs were struck, and the texts that they ended with, ``""`` where killed.
     """
-    import monai.metrics  # noqa: F401: by every run otherwise
+    import monai.metrics  # noqa: F401 - by every run otherwise
 
     folder = Path(folder)
     seen, said = folder / "seen", folder / "said"
@@ -156,19 +171,35 @@ def struck_at_every_write(folder, accident):
         texts.append(said.read_text())
 
 
+@pytest.fixture
+def one_thread():
+    """Sums by several threads differ in the last bits from those by one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("accident", ["killed", "full"])
-def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, accident):
+def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, one_thread, accident):
     """Also what the clock cannot aim at: leaving cases out in turn, calibration, model, summary and pictures."""
     whole, struck = (fill(tmp_path / name / "folder", cases=3, labelled=2, slices=1) for name in ("whole", "struck"))
     call = "import sys, json, test_accidents; print(json.dumps(test_accidents.struck_at_every_write(*sys.argv[1:])))"
     command.segment(settings_for(whole))
     surroundings = {"PYTHONPATH": f"{params.ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run([sys.executable, "-c", call, str(struck), accident], capture_output=True, text=True,
-                          cwd=params.ROOT, env={**os.environ, **surroundings})
+    done = subprocess.run(
+        [sys.executable, "-c", call, str(struck), accident],
+        capture_output=True,
+        text=True,
+        cwd=params.ROOT,
+        env={**os.environ, **surroundings},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     writes, texts = json.loads(done.stdout.splitlines()[-1])
-    expected = "images.bin labels.bin index.jsonl fold_0.npz fold_1.npz held_out.csv model.safetensors cases.jsonl " \
+    expected = (
+        "images.bin labels.bin index.jsonl fold_0.npz fold_1.npz held_out.csv model.safetensors cases.jsonl "
         "cases.csv confidence.png least_certain.png"
+    )
     assert {*expected.split(), "case 0_mask.nii.gz", "case 2_confidence.nii.gz"} <= {*writes}
     assert sum(name.endswith(".pt") for name in writes) > 10 and len(texts) == len(writes)
     for text in texts:
@@ -181,6 +212,7 @@ def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, a
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_python_loses_is_raised_again(tmp_path, monkeypatch, capsys):
     """What a destructor raises is discarded: without a second attempt the run would go on as if nothing had come."""
+
     class Destroyed:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -227,6 +259,9 @@ def test_files_cut_short_or_changed_are_made_again(finished, spoil):
     assert [name for name in before if after[name] != before[name]] == []
 
 
+FULL = "cannot be written to .*File too large.*make room; what is finished is kept"
+
+
 @contextlib.contextmanager
 def disk_of(size):
     """No file may grow beyond ``size`` bytes; what goes to the terminal is kept in memory."""
@@ -243,13 +278,13 @@ def test_a_full_disk_stops_the_run_and_nothing_finished_is_lost(finished, tmp_pa
     folder, before = finished
     new = fill(tmp_path / folder.name, cases=7, labelled=5, slices=1)
     for size in (3_000, 60_000, 2_000_000):  # reached in reading, by the cohort and by the weights
-        with disk_of(size), pytest.raises(DataError, match="cannot be written to .*File too large.*make room; what is finished is kept"):
+        with disk_of(size), pytest.raises(DataError, match=FULL):
             segment_folder(settings_for(new))
         assert not list((new / "out").rglob("*partial*"))
     assert len(Store(new / "out" / "work" / "slices" / "32", 32).index) == 7
     lost = folder / "out" / "case 3_confidence.nii.gz"
     lost.unlink()
-    with disk_of(300), pytest.raises(DataError, match="cannot be written to .*File too large.*make room; what is finished is kept"):
+    with disk_of(300), pytest.raises(DataError, match=FULL):
         segment_folder(settings_for(folder))
     assert {name: content for name, content in before.items() if "case 3_conf" not in name} == outcome(folder)
     segment_folder(settings_for(folder))
@@ -294,14 +329,18 @@ def test_what_may_not_be_read_or_written_is_named():
 @pytest.fixture
 def memory(monkeypatch):
     """``memory.most``: how many images a segmentation network has room for."""
+
     class Memory:
         most = 0
+
     forward = ResidualUNet.forward
 
     def crowded(network, images, *more):
         if len(images) > Memory.most:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you "
-                               "tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you "
+                "tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)"
+            )
         return forward(network, images, *more)
 
     monkeypatch.setattr(ResidualUNet, "forward", crowded)

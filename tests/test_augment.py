@@ -10,14 +10,39 @@ def smooth_mask(size=64):
     return torch.exp(-((rows - 30) ** 2 / 90 + (columns - 35) ** 2 / 50)).expand(4, 1, size, size)
 
 
-@pytest.mark.parametrize("ranges", [{"rotation": 20}, {"shift": 0.1}, {"flip": True},
-                                    {"rotation": 20, "scaling": 0.15, "shift": 0.1, "flip": True}])
+@pytest.mark.parametrize(
+    "ranges",
+    [{"rotation": 20}, {"shift": 0.1}, {"flip": True}, {"rotation": 20, "scaling": 0.15, "shift": 0.1, "flip": True}],
+)
 def test_every_augmentation_followed_by_its_inverse_returns_a_smooth_mask(ranges):
     mask = smooth_mask()
     maps = augment.draw_affine(4, 64, torch.Generator().manual_seed(3), **ranges)
     moved = maps.apply(mask, "zeros")
     assert (moved - mask).abs().max() > 0.1
     assert (maps.inverse().apply(moved, "zeros") - mask).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_an_affine_map_and_its_inverse_cancel_in_two_and_three_dimensions(axes):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.eye(axes) + 0.1 * torch.randn(3, axes, axes, generator=generator)
+    maps = augment.Affine(matrix, 2 * torch.randn(3, axes, generator=generator))
+    grid = torch.stack(torch.meshgrid(*[torch.arange(56.0)] * axes, indexing="ij"))
+    blob = torch.exp(-((grid - 27).square().sum(0) / 90)).expand(3, 1, *[56] * axes)
+    moved = maps.apply(blob, "zeros")
+    assert (moved - blob).abs().amax(dim=tuple(range(1, axes + 2))).min() > 0.1
+    assert (maps.inverse().apply(moved, "zeros") - blob).abs().max() < 0.03
+    assert (maps.apply(moved, "zeros") - blob).abs().max() > 0.1  # twice is not there and back
+
+
+def test_a_quarter_turn_of_a_volume_is_exact_about_every_axis():
+    volume = torch.rand(1, 1, 7, 7, 7)
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        matrix = torch.eye(3)
+        matrix[first, first] = matrix[second, second] = 0
+        matrix[first, second], matrix[second, first] = -1, 1
+        turned = augment.Affine(matrix[None], torch.zeros(1, 3)).apply(volume)
+        assert torch.allclose(turned, torch.rot90(volume, -1, (2 + first, 2 + second)), atol=1e-5)
 
 
 def test_a_quarter_turn_is_exact():
@@ -40,7 +65,7 @@ def test_training_augmentation_moves_image_and_mask_alike_and_stays_in_range():
     image, moved = augment.augment(mask, mask, torch.Generator().manual_seed(1), plain, flip=True)
     assert (image - moved).abs().mean() < 1e-3
     image, moved = augment.augment(mask, mask, torch.Generator().manual_seed(1), settings, flip=True)
-    assert 0 <= float(image.min()) and float(image.max()) <= 1
+    assert float(image.min()) >= 0 and float(image.max()) <= 1
 
 
 def test_the_same_seed_gives_the_same_batch():

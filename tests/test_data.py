@@ -26,8 +26,10 @@ def write_case(folder, name, image=None, mask=None, affine=None, mask_affine=Non
         mask[10:20, 20:33, 6:18] = 2
         mask[14, 4, 6] = 1  # makes slice 14 the largest
     affine = np.eye(4) if affine is None else affine
-    for part, array, at in (("imagesTr", np.float32(image), affine),
-                            ("labelsTr", mask, affine if mask_affine is None else mask_affine)):
+    for part, array, at in (
+        ("imagesTr", np.float32(image), affine),
+        ("labelsTr", mask, affine if mask_affine is None else mask_affine),
+    ):
         (folder / part).mkdir(exist_ok=True, parents=True)
         nib.save(nib.Nifti1Image(array, at), folder / part / f"{name}.nii.gz")
 
@@ -55,7 +57,8 @@ def test_of_the_whole_archive_the_cases_of_the_results_are_taken(tmp_path):
     found = {name for name, *_ in hippocampus.find_cases(tmp_path)}
     assert found == hippocampus.CASES and len(found) == 230
     (tmp_path / "imagesTr" / "hippocampus_001.nii.gz").unlink()  # another collection
-    assert len(hippocampus.find_cases(tmp_path)) == 230 and "hippocampus_002" in {n for n, *_ in hippocampus.find_cases(tmp_path)}
+    found = {name for name, *_ in hippocampus.find_cases(tmp_path)}
+    assert len(found) == 230 and "hippocampus_002" in found
 
 
 def test_hippocampus_with_two_classes(task):
@@ -70,8 +73,13 @@ def test_a_flipped_volume_gives_the_same_slices(tmp_path):
     mask[12:15, 5:30, 4:20] = 1
     for number in range(3):
         write_case(tmp_path / "as_is", f"case_{number}", image, mask)
-        write_case(tmp_path / "flipped", f"case_{number}", image[:, ::-1], mask[:, ::-1],
-                   affine=np.array([[1, 0, 0, 0], [0, -1, 0, 39], [0, 0, 1, 0], [0, 0, 0, 1]]))
+        write_case(
+            tmp_path / "flipped",
+            f"case_{number}",
+            image[:, ::-1],
+            mask[:, ::-1],
+            affine=np.array([[1, 0, 0, 0], [0, -1, 0, 39], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        )
     first, second = (hippocampus.build(settings(tmp_path / name), seed=1) for name in ("as_is", "flipped"))
     assert np.array_equal(first.images, second.images) and np.array_equal(first.labels, second.labels)
 
@@ -101,14 +109,17 @@ def test_image_without_a_mask(task):
         hippocampus.build(settings(task), seed=1)
 
 
-@pytest.mark.parametrize(("case", "words"), [
-    ({"mask": np.ones((30, 40, 23), np.uint8)}, "shape"),
-    ({"mask_affine": np.diag([2, 1, 1, 1])}, "different affines"),
-    ({"mask": np.full((30, 40, 24), 7, np.uint8)}, r"holds the values \[7.0\]"),
-    ({"image": np.full((30, 40, 24), np.nan)}, "NaN"),
-    ({"image": np.full((30, 40, 24), 3.0)}, "constant"),
-    ({"mask": np.zeros((30, 40, 24), np.uint8)}, "empty"),
-])
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({"mask": np.ones((30, 40, 23), np.uint8)}, "shape"),
+        ({"mask_affine": np.diag([2, 1, 1, 1])}, "different affines"),
+        ({"mask": np.full((30, 40, 24), 7, np.uint8)}, r"holds the values \[7.0\]"),
+        ({"image": np.full((30, 40, 24), np.nan)}, "NaN"),
+        ({"image": np.full((30, 40, 24), 3.0)}, "constant"),
+        ({"mask": np.zeros((30, 40, 24), np.uint8)}, "empty"),
+    ],
+)
 def test_every_bad_case_names_its_file(task, case, words):
     write_case(task, "hippocampus_005", **case)
     with pytest.raises(DataError, match=f"(?s)hippocampus_005.*{words}"):

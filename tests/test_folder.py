@@ -35,7 +35,7 @@ def test_what_is_read_is_written_back_onto_the_same_voxels(tmp_path, codes, axis
     stored = nib.apply_orientation(canonical, change)
     affine = np.diag([1.0, 2.0, 3.0, 1.0]) @ inv_ornt_aff(change, canonical.shape)
     slices, grid = reading.read_scan(write(tmp_path / "a.nii.gz", stored, affine, kind), axis)
-    across, up = [(1, 2), (0, 2), (0, 1)][axis]  # columns go right, or to the front; rows begin at the top, or the front
+    across, up = [(1, 2), (0, 2), (0, 1)][axis]  # columns go right, or to the front; rows begin at the top, or front
     assert np.array_equal(slices, np.flip(np.transpose(canonical, (axis, up, across)), 1))
     assert grid.spacing == pytest.approx([(1, 2, 3)[k] for k in (axis, up, across)]) and grid.slices == slices.shape
     assert grid.canonical == pytest.approx(np.diag([1.0, 2.0, 3.0, 1.0]))
@@ -122,7 +122,8 @@ def test_masks_are_found_by_name(tmp_path):
         write(tmp_path / "images" / f"{name}.nii.gz", noise(4, 4))
     write(tmp_path / "masks" / "b_seg.nii", noise(4, 4))
     cases = folder.find_cases(tmp_path / "images", tmp_path / "masks", "{case}_seg")
-    assert [(case.name, case.mask and case.mask.name) for case in cases] == [("a", None), ("b", "b_seg.nii"), ("c", None)]
+    found = [(case.name, case.mask and case.mask.name) for case in cases]
+    assert found == [("a", None), ("b", "b_seg.nii"), ("c", None)]
     write(tmp_path / "images" / "a_mask.nii.gz", noise(4, 4))
     cases = folder.find_cases(tmp_path / "images", tmp_path / "images", "{case}_mask")
     assert [(case.name, bool(case.mask)) for case in cases] == [("a", True), ("b", False), ("c", False)]
@@ -138,13 +139,16 @@ def link(tmp_path):
     (tmp_path / "images" / "b.nii").symlink_to(write(tmp_path / "elsewhere" / "b.nii", noise(4, 4)))
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda t: write(t / "images" / "a.nii", noise(4, 4)), "same name"),
-    (lambda t: write(t / "masks" / "z.nii", noise(4, 4)), "mask of no image"),
-    (link, "link out of its folder"),
-    (lambda t: (t / "images" / "a.nii.gz").unlink(), "holds no .nii"),
-    (lambda t: [file.unlink() for file in (t / "masks").iterdir()] and (t / "masks").rmdir(), "is not a folder"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: write(t / "images" / "a.nii", noise(4, 4)), "same name"),
+        (lambda t: write(t / "masks" / "z.nii", noise(4, 4)), "mask of no image"),
+        (link, "link out of its folder"),
+        (lambda t: (t / "images" / "a.nii.gz").unlink(), "holds no .nii"),
+        (lambda t: [file.unlink() for file in (t / "masks").iterdir()] and (t / "masks").rmdir(), "is not a folder"),
+    ],
+)
 def test_bad_folders_are_errors(tmp_path, spoil, words):
     write(tmp_path / "images" / "a.nii.gz", noise(4, 4))
     write(tmp_path / "masks" / "a.nii.gz", noise(4, 4))
@@ -213,14 +217,17 @@ def test_bad_images_are_errors_that_name_the_file(tmp_path, fault):
         folder.read_case(folder.Case("a", file, None))
 
 
-@pytest.mark.parametrize(("labels", "affine", "values", "words"), [
-    (np.zeros((8, 8, 7), np.uint8), None, None, "has shape"),
-    (np.zeros((8, 8, 8), np.uint8), np.eye(4), None, "different affines"),
-    (np.full((8, 8, 8), 3, np.uint8), None, (0, 1), r"holds the values \[3.0\]"),
-    (np.full((8, 8, 8), 0.5, np.float32), None, None, "not labels"),
-    (np.full((8, 8, 8), -1, np.int16), None, None, "not labels"),
-    (np.full((8, 8, 8), np.nan, np.float32), None, None, "not labels"),
-])
+@pytest.mark.parametrize(
+    ("labels", "affine", "values", "words"),
+    [
+        (np.zeros((8, 8, 7), np.uint8), None, None, "has shape"),
+        (np.zeros((8, 8, 8), np.uint8), np.eye(4), None, "different affines"),
+        (np.full((8, 8, 8), 3, np.uint8), None, (0, 1), r"holds the values \[3.0\]"),
+        (np.full((8, 8, 8), 0.5, np.float32), None, None, "not labels"),
+        (np.full((8, 8, 8), -1, np.int16), None, None, "not labels"),
+        (np.full((8, 8, 8), np.nan, np.float32), None, None, "not labels"),
+    ],
+)
 def test_bad_masks_are_errors_that_name_the_file(tmp_path, labels, affine, values, words):
     image, mask = write(tmp_path / "a.nii.gz", noise(8, 8, 8)), write(tmp_path / "m.nii.gz", labels, affine)
     with pytest.raises(DataError, match=words) as found:
@@ -245,9 +252,11 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
-ODD = {"i": [0, 1, 2, 3, 7, 8, 16, 64, 128, 255, 256, 512, 1792, 32767, -1, -32768],
-       "f": [0, 1, -1, 1e-30, 1e30, 3e38, -3e38, np.nan, np.inf, -np.inf, 0.5, 352],
-       "S": [b"", b"n+1", b"ni1", b"\xff\xff"]}
+ODD = {
+    "i": [0, 1, 2, 3, 7, 8, 16, 64, 128, 255, 256, 512, 1792, 32767, -1, -32768],
+    "f": [0, 1, -1, 1e-30, 1e30, 3e38, -3e38, np.nan, np.inf, -np.inf, 0.5, 352],
+    "S": [b"", b"n+1", b"ni1", b"\xff\xff"],
+}
 
 
 @st.composite
@@ -284,8 +293,13 @@ def spoilt(draw):
     return "a.nii.gz", bytes(packed)
 
 
-@settings(max_examples=200, deadline=20000, derandomize=True, database=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=200,
+    deadline=20000,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(file=spoilt(), masked=st.booleans(), axis=st.integers(0, 2))
 def test_whatever_is_in_a_file_it_is_read_whole_or_refused_by_name(tmp_path, file, masked, axis):
     """Finite slices that write back onto the stored voxels, or a DataError; within seconds and a few megabytes."""

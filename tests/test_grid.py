@@ -49,16 +49,26 @@ def test_untrained_methods_run_once_a_rate_and_seed_beside_the_baseline(settings
         settings.baseline = baseline
         monkeypatch.setattr(grid.params, "load", lambda *a, **k: params.section(json.loads(json.dumps(settings))))
         asked = []
-        monkeypatch.setattr(grid.subprocess, "run", lambda command, **_: (
-            asked.append(command[command.index("untrained") + 1]) if "untrained" in command else None,
-            subprocess.CompletedProcess(command, 1, "", ""))[1])
-        for item in (grid.Item("paper", 10, 1), grid.Item("strong", 10, 1), grid.Item("strong", 100, 1),
-                     grid.Item("strong", 1, 1, "no pairs")):
+        monkeypatch.setattr(
+            grid.subprocess,
+            "run",
+            lambda command, **_: (
+                asked.append(command[command.index("untrained") + 1]) if "untrained" in command else None,
+                subprocess.CompletedProcess(command, 1, "", ""),
+            )[1],
+        )
+        for item in (
+            grid.Item("paper", 10, 1),
+            grid.Item("strong", 10, 1),
+            grid.Item("strong", 100, 1),
+            grid.Item("strong", 1, 1, "no pairs"),
+        ):
             monkeypatch.setattr(grid, "notebooks_of", lambda *a: ["08_evaluation"])
             with pytest.raises(RuntimeError):
                 grid.run(item, settings, 1)
-        assert asked == (["true", "false", "false", "false"] if baseline == "paper" else
-                         ["false", "true", "false", "false"])
+        assert asked == (
+            ["true", "false", "false", "false"] if baseline == "paper" else ["false", "true", "false", "false"]
+        )
 
 
 def test_everything_labelled_leaves_only_fs(settings):
@@ -124,8 +134,19 @@ def test_a_failing_item_does_not_stop_the_others_and_finished_ones_are_not_run_a
 
 def result(folder, seed, dsc):
     folder.mkdir(parents=True)
-    row = {"cohort": "c", "recipe": "strong", "rate": 1, "n_labelled": 5, "seed": seed, "variant": "", "method": "fs",
-           "subject": "007", "slice": 3, "class": "x", "dsc": dsc}
+    row = {
+        "cohort": "c",
+        "recipe": "strong",
+        "rate": 1,
+        "n_labelled": 5,
+        "seed": seed,
+        "variant": "",
+        "method": "fs",
+        "subject": "007",
+        "slice": 3,
+        "class": "x",
+        "dsc": dsc,
+    }
     for name in ("per_image", "reliability", "rounds"):
         pd.DataFrame([row]).to_csv(folder / f"{name}.csv", index=False)
 

@@ -12,8 +12,18 @@ from lib import DataError
 from lib.models import ResidualUNet
 from lib.scans.model_file import FORMAT, VERSION, Model, load_model, save_model
 
-ABOUT = {"classes": ["a", "b"], "values": [1, 5], "size": 32, "axis": 2, "normalisation": "instance",
-         "pseudo_masks": {"n": 5}, "symmetric": False, "fingerprint": "x", "licence": "", "calibration": []}
+ABOUT = {
+    "classes": ["a", "b"],
+    "values": [1, 5],
+    "size": 32,
+    "axis": 2,
+    "normalisation": "instance",
+    "pseudo_masks": {"n": 5},
+    "symmetric": False,
+    "fingerprint": "x",
+    "licence": "",
+    "calibration": [],
+}
 
 
 @pytest.fixture
@@ -38,23 +48,30 @@ def pickled(file):
 def rewrite(**about):
     def spoil(file):
         network = ResidualUNet(2, "instance")
-        save_file({f"0/{name}": value for name, value in network.state_dict().items()}, file,
-                  {"about": json.dumps({**ABOUT, "networks": 1, "format": FORMAT, "version": VERSION, **about})})
+        save_file(
+            {f"0/{name}": value for name, value in network.state_dict().items()},
+            file,
+            {"about": json.dumps({**ABOUT, "networks": 1, "format": FORMAT, "version": VERSION, **about})},
+        )
+
     return spoil
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda f: f.write_bytes(f.read_bytes()[:-100]), "cut short"),
-    (lambda f: f.write_bytes(b""), "not a model file"),
-    (pickled, "not a model file"),
-    (lambda f: torch.save({"weights": torch.zeros(3)}, f), "not a model file"),
-    (lambda f: save_file({"x": torch.zeros(3)}, f), "not a model of this project"),
-    (rewrite(version=99), "version 99"),
-    (rewrite(classes=["a", "b", "c"]), "does not fit"),
-    (rewrite(networks=0), "no network"),
-    (rewrite(size="big"), "does not fit"),
-    (lambda f: f.unlink(), "does not exist"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-100]), "cut short"),
+        (lambda f: f.write_bytes(b""), "not a model file"),
+        (pickled, "not a model file"),
+        (lambda f: torch.save({"weights": torch.zeros(3)}, f), "not a model file"),
+        (lambda f: save_file({"x": torch.zeros(3)}, f), "not a model of this project"),
+        (rewrite(version=99), "version 99"),
+        (rewrite(classes=["a", "b", "c"]), "does not fit"),
+        (rewrite(networks=0), "no network"),
+        (rewrite(size="big"), "does not fit"),
+        (lambda f: f.unlink(), "does not exist"),
+    ],
+)
 def test_what_is_no_model_is_refused_and_named(model, tmp_path, spoil, words):
     file = tmp_path / "m.safetensors"
     save_model(model, file)
@@ -69,11 +86,18 @@ def test_the_same_model_has_the_same_bytes(model, tmp_path):
     assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(places=st.lists(st.tuples(st.one_of(st.floats(0, 0.01), st.floats(0, 0.999)), st.integers(0, 255)), max_size=4),
-       text=st.tuples(st.integers(0, 600), st.sampled_from([b"", b"[", b"9", b'"', b"null", b"1e999"])),
-       keep=st.sampled_from([1, 1, 1, 0.999, 0.01, 0.0001]))
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    places=st.lists(st.tuples(st.one_of(st.floats(0, 0.01), st.floats(0, 0.999)), st.integers(0, 255)), max_size=4),
+    text=st.tuples(st.integers(0, 600), st.sampled_from([b"", b"[", b"9", b'"', b"null", b"1e999"])),
+    keep=st.sampled_from([1, 1, 1, 0.999, 0.01, 0.0001]),
+)
 def test_whatever_is_in_a_model_file_it_is_the_model_or_refused_by_name(model, tmp_path, places, text, keep):
     file = tmp_path / "m.safetensors"
     save_model(model._replace(networks=model.networks[:1]), file)

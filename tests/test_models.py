@@ -21,7 +21,7 @@ def test_any_image_size_and_any_number_of_classes(side, normalisation):
     image = torch.rand(2, 1, *side)
     masks = ResidualUNet(classes=3, normalisation=normalisation).segment(image)
     assert masks.shape == (2, 3, *side) and masks.dtype == torch.float32
-    assert 0 <= float(masks.min()) and float(masks.max()) <= 1
+    assert float(masks.min()) >= 0 and float(masks.max()) <= 1
     assert MrRegNet(normalisation).register(image, image).shape == (2, 2, *side)
 
 

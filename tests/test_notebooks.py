@@ -10,16 +10,23 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
     (tmp_path / "notebooks").mkdir()
-    cells = [nbformat.v4.new_code_cell("number = None\nword = None", metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell("print(word, 10 / number)")]
+    cells = [
+        nbformat.v4.new_code_cell("number = None\nword = None", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("print(word, 10 / number)"),
+    ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / "example.ipynb")
     return tmp_path
 
 
 def printed(file):
-    return [output.text for cell in nbformat.read(file, 4).cells if cell.cell_type == "code"
-            for output in cell.outputs if output.output_type == "stream" and output.name == "stdout"]
+    return [
+        output.text
+        for cell in nbformat.read(file, 4).cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type == "stream" and output.name == "stdout"
+    ]
 
 
 def test_a_notebook_runs_with_the_values_that_it_is_given(folder):

@@ -49,8 +49,13 @@ def settings_for(folder, monkeypatch, **changes):
     settings = params.load("strong", "folder")
     settings.segmentation |= {"epochs": 200, "max_steps": 80}
     settings.pseudo_masks |= {"n": 2}
-    settings.folder |= {"images": str(folder / "images"), "masks": str(folder / "masks"),
-                        "output": str(folder / "out"), "size": 32, **changes}
+    settings.folder |= {
+        "images": str(folder / "images"),
+        "masks": str(folder / "masks"),
+        "output": str(folder / "out"),
+        "size": 32,
+        **changes,
+    }
     return settings
 
 
@@ -63,13 +68,30 @@ def segmented(tmp_path_factory):
 
 def test_agreement_is_between_what_was_foretold_and_the_masks_that_were_hidden(tmp_path, monkeypatch):
     settings = settings_for(fill(tmp_path, cases=4, labelled=0), monkeypatch)
-    table = pd.DataFrame({"case": [f"case {k}" for k in range(4)], "status": ["done", "done", "done", "failed"],
-                          "confidence": [0.7, 0.8, 0.9, np.nan], "predicted_dsc": [0.5, 0.9, 0.9, np.nan],
-                          "predicted_low": [0.3, 0.8, 0.8, np.nan], "predicted_high": [0.7, 1.0, 1.0, np.nan],
-                          "review": [True, False, False, True]})
+    table = pd.DataFrame(
+        {
+            "case": [f"case {k}" for k in range(4)],
+            "status": ["done", "done", "done", "failed"],
+            "confidence": [0.7, 0.8, 0.9, np.nan],
+            "predicted_dsc": [0.5, 0.9, 0.9, np.nan],
+            "predicted_low": [0.3, 0.8, 0.8, np.nan],
+            "predicted_high": [0.7, 1.0, 1.0, np.nan],
+            "review": [True, False, False, True],
+        }
+    )
     found = review.Review(settings, table, None).agreement(pd.Series({"case 0": 0.4, "case 1": 0.7, "case 2": 0.8}))
-    assert found.to_dict() == pytest.approx({"masks": 3, "dsc": 1.9 / 3, "predicted_dsc": 2.3 / 3, "worst_dsc": 0.4,
-                                             "inside": 2, "width": 0.2, "spearman": 1, "flagged": 1})
+    assert found.to_dict() == pytest.approx(
+        {
+            "masks": 3,
+            "dsc": 1.9 / 3,
+            "predicted_dsc": 2.3 / 3,
+            "worst_dsc": 0.4,
+            "inside": 2,
+            "width": 0.2,
+            "spearman": 1,
+            "flagged": 1,
+        }
+    )
 
 
 def test_every_case_gets_a_mask_and_a_confidence_map_on_its_own_grid(segmented):
@@ -83,7 +105,7 @@ def test_every_case_gets_a_mask_and_a_confidence_map_on_its_own_grid(segmented):
         for file in (mask, confidence):
             assert file.shape == image.shape and np.allclose(file.affine, image.affine)
         values = np.asarray(confidence.dataobj)
-        assert 0 <= values.min() and values.max() <= 1
+        assert values.min() >= 0 and values.max() <= 1
         found, truth = np.asarray(mask.dataobj), scan(k)[1]
         assert set(np.unique(found)) <= {0, 2, 7}
         scores.append(2 * ((found > 0) & (truth > 0)).sum() / ((found > 0).sum() + (truth > 0).sum()))
@@ -107,7 +129,8 @@ def test_fewer_than_five_labelled_cases_are_left_out_in_turn(segmented):
 def test_cases_of_one_subject_are_held_out_together():
     names = [f"sub-{k:02d}_ses-{n}" for k in range(10) for n in (1, 2)] + ["other"]
     subjects = subjects_of(names, "(sub-[0-9]+)")
-    assert len(subjects) == 11 and subjects["sub-03"] == ["sub-03_ses-1", "sub-03_ses-2"] and subjects["other"] == ["other"]
+    assert subjects["sub-03"] == ["sub-03_ses-1", "sub-03_ses-2"]
+    assert len(subjects) == 11 and subjects["other"] == ["other"]
     (held_out,) = folds_of(subjects, 1)
     assert all(len({name in held_out for name in members}) == 1 for members in subjects.values()) and len(held_out) >= 2
     assert folds_of(subjects_of(names[:4], "(sub-[0-9]+)"), 1) == [tuple(names[:2]), tuple(names[2:4])]
@@ -117,8 +140,10 @@ def test_cases_of_one_subject_are_held_out_together():
 
 
 def test_few_held_out_cases_refuse_a_bad_round_and_do_not_choose_among_good_ones():
-    measured = lambda *scores: pd.DataFrame([{"round": k, "split": split, "dsc_segmentation": score}
-                                             for k, score in enumerate(scores) for split in ("validation", "unlabelled")])
+    splits = "validation", "unlabelled"
+    measured = lambda *scores: pd.DataFrame(
+        [{"round": k, "split": split, "dsc_segmentation": score} for k, score in enumerate(scores) for split in splits]
+    )
     assert last_good_round(measured(0.936, 0.91, 0.934)) == 2
     assert last_good_round(measured(0.936, 0.93, 0.80)) == 1
 
@@ -156,7 +181,8 @@ def test_a_bad_case_is_reported_and_the_others_are_segmented_by_the_given_model(
     assert table.loc["bad", "status"] == "failed" and "cannot be read" in table.loc["bad", "note"]
     assert table.loc["bad", "review"] and (table.drop("bad")["status"] == "done").all()
     for k in range(3):
-        mine, theirs = (np.asarray(nib.load(f / "out" / f"case {k}_mask.nii.gz").dataobj) for f in (folder, segmented[0]))
+        files = (where / "out" / f"case {k}_mask.nii.gz" for where in (folder, segmented[0]))
+        mine, theirs = (np.asarray(nib.load(file).dataobj) for file in files)
         assert np.array_equal(mine, theirs)
 
 
@@ -179,7 +205,10 @@ def test_slices_are_chosen_by_mask_and_by_range(tmp_path):
     store.add("a", "1", np.zeros((5, 4, 4)), labels)
     store.add("b", "1", np.zeros((9, 4, 4)))
     cases = [Case("a", None, "mask"), Case("b", None, None)]  # a's mask is largest in its fourth slice
-    chosen = lambda how: {name: found.tolist() for name, found in chosen_slices(params.Section(slices=how), store, cases).items()}
+
+    def chosen(how):
+        return {name: found.tolist() for name, found in chosen_slices(params.Section(slices=how), store, cases).items()}
+
     assert chosen("largest") == {"a": [3], "b": [6]}
     assert chosen([2, 3]) == {"a": [2, 3], "b": [2, 3]} and chosen("all")["b"] == list(range(9))
     with pytest.raises(DataError, match="folder.slices"):
@@ -242,7 +271,8 @@ def test_a_single_slice_is_scored_as_an_image(segmented, tmp_path, monkeypatch):
     found, _ = score_case(model, case, store, np.array([0]), numerics)
     _, truth, grid = read_case(case)
     labels, *_ = applying.segment(model, store.images("case 0"), np.array([0]), grid, numerics)
-    pair = [torch.stack([torch.as_tensor(part[0] == value) for value in (2, 7)])[None].float() for part in (labels, truth)]
+    masks_of = lambda part: torch.stack([torch.as_tensor(part[0] == value) for value in (2, 7)])[None].float()
+    pair = [masks_of(part) for part in (labels, truth)]
     expected = score(*pair, ["label 2", "label 7"], grid.spacing[1:])
     pd.testing.assert_frame_equal(found, expected)
 
@@ -268,7 +298,9 @@ def test_masks_that_somebody_has_corrected_are_kept_and_damaged_ones_are_made_ag
     assert not table.loc["case 2", "review"] and (table.drop("case 2")["status"] == "done").all()
 
 
-def test_a_stop_between_mask_and_confidence_map_leaves_nothing_that_is_taken_for_finished(segmented, tmp_path, monkeypatch):
+def test_a_stop_between_mask_and_confidence_map_leaves_nothing_that_is_taken_for_finished(
+    segmented, tmp_path, monkeypatch
+):
     folder = shutil.copytree(segmented[0], tmp_path / "copy")
     settings = settings_for(folder, monkeypatch)
     before = {file.name: file.read_bytes() for file in (folder / "out").glob("case 3_*")}

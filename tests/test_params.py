@@ -14,14 +14,24 @@ def test_overrides_reach_the_setting(monkeypatch):
     assert settings.joint.rounds == 9 and settings.seed == 7
 
 
-@pytest.mark.parametrize(("assignment", "words"), [
-    ("cohort=brain", "cohort 'brain'.*midbrain, hippocampus"), ("recipe=best", "recipe 'best'"),
-    ("scale=huge", "scale 'huge'"), ("rate=0", "rate 0"), ("sed=1", "'sed' is not a setting"),
-    ("joint.rouns=1", "'joint' is not a setting|'rouns' is not a setting"), ("rate=abc", "rate 'abc' is not of the kind"),
-    ("precision=half", "precision 'half'.*auto, bfloat16"), ("folder.size=big", "size 'big'.*has: size: 128"),
-    ("folder.size=0", "folder.size 0"), ("folder.axis=3", "folder.axis 3"), ("folder.review=high", "review 'high'"),
-    ("joint_plus.pairs=7", "pairs '7'"),
-])
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("cohort=brain", "cohort 'brain'.*midbrain, hippocampus"),
+        ("recipe=best", "recipe 'best'"),
+        ("scale=huge", "scale 'huge'"),
+        ("rate=0", "rate 0"),
+        ("sed=1", "'sed' is not a setting"),
+        ("joint.rouns=1", "'joint' is not a setting|'rouns' is not a setting"),
+        ("rate=abc", "rate 'abc' is not of the kind"),
+        ("precision=half", "precision 'half'.*auto, bfloat16"),
+        ("folder.size=big", "size 'big'.*has: size: 128"),
+        ("folder.size=0", "folder.size 0"),
+        ("folder.axis=3", "folder.axis 3"),
+        ("folder.review=high", "review 'high'"),
+        ("joint_plus.pairs=7", "pairs '7'"),
+    ],
+)
 def test_unknown_settings_and_values_are_errors(monkeypatch, assignment, words):
     monkeypatch.setenv("JOINT_SET", assignment)
     with pytest.raises(ValueError, match=words):
@@ -38,9 +48,17 @@ def test_a_word_for_a_number_in_the_file_itself_is_an_error(monkeypatch, tmp_pat
     assert count == 1
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("{case}_seg", "{case}_seg"), ("3", 3), ("1e-4", 1e-4), ("[1, 2]", [1, 2]), ("all", "all"), ("(sub-[0-9]+)", "(sub-[0-9]+)"),
-])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{case}_seg", "{case}_seg"),
+        ("3", 3),
+        ("1e-4", 1e-4),
+        ("[1, 2]", [1, 2]),
+        ("all", "all"),
+        ("(sub-[0-9]+)", "(sub-[0-9]+)"),
+    ],
+)
 def test_values_are_read_as_params_yaml_would_have_them(text, value):
     assert params.parse(text) == value
     assert params.load(changes=["folder.pattern={case}_seg"]).folder.pattern == "{case}_seg"
@@ -70,11 +88,14 @@ def test_the_paper_scale_and_recipe_are_the_papers(monkeypatch):
     assert settings.segmentation.normalisation == settings.registration.normalisation == "none"
 
 
-@pytest.mark.parametrize(("assignment", "variant", "words"), [
-    ("coverage.choose=true", None, "for `variants` alone"),
-    ("cohort=acdc", "labelled by coverage", "acdc is labelled by patient"),
-    ("cctr.recipes=[paper]", None, "cctr.recipes .* may name strong alone"),
-])
+@pytest.mark.parametrize(
+    ("assignment", "variant", "words"),
+    [
+        ("coverage.choose=true", None, "for `variants` alone"),
+        ("cohort=acdc", "labelled by coverage", "acdc is labelled by patient"),
+        ("cctr.recipes=[paper]", None, "cctr.recipes .* may name strong alone"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(monkeypatch, assignment, variant, words):
     monkeypatch.setenv("JOINT_SET", assignment)
     with pytest.raises(ValueError, match=words):
@@ -89,7 +110,7 @@ def test_the_baseline_runs_beside_the_recipe():
 
 def test_a_mistyped_attribute_names_what_there_is():
     with pytest.raises(AttributeError, match="no 'epoch' here; it has epochs"):
-        params.Section(epochs=1).epoch
+        _ = params.Section(epochs=1).epoch
 
 
 def test_prose_does_not_change_a_notebooks_code(tmp_path):

@@ -46,6 +46,17 @@ def test_sides_may_differ_and_no_gradient_is_left_behind():
     assert field.shape == (1, 2, 64, 40) and not field.requires_grad and start.grad is None
 
 
+def test_volumes_are_refined_as_images_are():
+    grid = torch.stack(torch.meshgrid(*[torch.arange(28.0)] * 3, indexing="ij"))
+    at = lambda *centre: torch.exp(-(grid - torch.tensor(centre).reshape(3, 1, 1, 1)).square().sum(0) / 30)[None, None]
+    source, target = at(12.0, 15.0, 14.0), at(14.0, 14.0, 14.0)
+    options = params.Section(OPTIONS | {"steps": [40, 20]})  # which are shorter in so small a volume
+    field = refine(torch.zeros(1, 3, 28, 28, 28), source, target, options)
+    before, after = gncc(source, target), gncc(warp(source, field), target)
+    assert float(1 - after) < 0.2 * float(1 - before) and folding(field).max() < 0.01
+    assert field[0, :, 14, 14, 14].tolist() == pytest.approx([-2, 1, 0], abs=0.5)
+
+
 def test_it_can_be_switched_off():
     networks = torch.nn.Identity(), torch.nn.Identity()
     assert refined(networks, params.Section(refine=False)) is networks

@@ -1,22 +1,24 @@
 import numpy as np
 import pytest
 import torch
+from test_training import made_up_cohort
 
 from lib import selection
 from lib.compute import Numerics
 from lib.methods import joint_plus, pretraining
 from lib.methods.experiment import Experiment
 from lib.runs import params
-from test_training import made_up_cohort
 
 
 def test_the_first_choice_is_the_most_central_and_the_second_covers_what_it_misses():
-    similarity = np.array([
-        [0.9, 0.9, 0.1, 0.1],  # good for the first two
-        [0.9, 0.8, 0.1, 0.1],  # nearly as good, for the same ones
-        [0.6, 0.6, 0.6, 0.3],  # the best mean
-        [0.1, 0.1, 0.2, 1.0],  # the only one that is good for the last
-    ])
+    similarity = np.array(
+        [
+            [0.9, 0.9, 0.1, 0.1],  # good for the first two
+            [0.9, 0.8, 0.1, 0.1],  # nearly as good, for the same ones
+            [0.6, 0.6, 0.6, 0.3],  # the best mean
+            [0.1, 0.1, 0.2, 1.0],  # the only one that is good for the last
+        ]
+    )
     assert selection.cover(similarity, 2) == [2, 3]
     assert selection.cover(similarity, 3) == [2, 3, 0]
     assert sorted(selection.cover(similarity, 9)) == [0, 1, 2, 3]
@@ -29,8 +31,7 @@ def test_an_image_is_similar_to_itself_and_a_trained_registration_raises_similar
 
     images = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     everything = torch.arange(5)
-    found = selection.similarities(Identity(), images, everything, everything[:3],
-                                   Numerics("cpu", "float32"))
+    found = selection.similarities(Identity(), images, everything, everything[:3], Numerics("cpu", "float32"))
     assert found.shape == (5, 3) and found.diagonal().tolist() == pytest.approx([1, 1, 1])
     assert (found.fill_diagonal_(0) < 0.9).all()
 
@@ -41,7 +42,7 @@ def test_labelled_by_coverage_labels_other_images_and_keeps_them_apart(tmp_path,
     made_up_cohort().save(params.cohort_file(plain))
     before = Experiment(plain)
     with pytest.raises(FileNotFoundError, match="run the notebook of the stage before"):
-        Experiment(params.load("strong", variant="labelled by coverage")).data.labelled
+        _ = Experiment(params.load("strong", variant="labelled by coverage")).data.labelled
     pretraining.pretrain_segmentation(before)
     pretraining.pretrain_registration(before)
     after = Experiment(params.load("strong", variant="labelled by coverage"))

@@ -24,8 +24,11 @@ def test_advice_is_given_only_where_build_and_machine_do_not_go_together():
 def test_the_pinned_torch_is_found(monkeypatch, capsys):
     asked = []
     answer = '{"install": [{"metadata": {"requires_dist": ["nvidia-cublas==13.0"]}}]}'
-    monkeypatch.setattr(torch_build.subprocess, "run",
-                        lambda command, **_: asked.append(command) or type("Done", (), {"stdout": answer}))
+    monkeypatch.setattr(
+        torch_build.subprocess,
+        "run",
+        lambda command, **_: asked.append(command) or type("Done", (), {"stdout": answer}),
+    )
     monkeypatch.setattr(torch_build, "has_gpu", lambda: False)
     torch_build.main()
     assert asked[0][-1].startswith("torch==") and "no GPU" in capsys.readouterr().out

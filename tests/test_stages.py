@@ -15,7 +15,9 @@ def stages():
     found = {}
     for file in ("dvc.yaml", "demonstration/dvc.yaml"):
         for name, stage in YAML(typ="safe").load((ROOT / file).read_text())["stages"].items():
-            texts = [dep.removeprefix("work/source/") for dep in stage.get("deps", []) if dep.startswith("work/source/")]
+            texts = [
+                dep.removeprefix("work/source/") for dep in stage.get("deps", []) if dep.startswith("work/source/")
+            ]
             found[name] = stage["cmd"], texts
     return found
 
@@ -46,20 +48,26 @@ TRAINING = {"segmentation", "registration", "joint", "mean_teacher", "joint_plus
 TRAINED = {*TRAINING, "evaluation", "grid", "figure2", "own_data", "capacity"}
 
 
-@pytest.mark.parametrize("module, reached", [
-    ("losses.py", {"cohort", *TRAINED, "bench"}),
-    ("methods/mean_teacher.py", {"mean_teacher", "joint_plus", "cctr", "evaluation", "grid", "own_data", "capacity"}),
-    ("methods/joint_plus.py", {"joint_plus", "evaluation", "grid", "own_data", "capacity"}),
-    ("methods/cctr/contrast.py", {"cctr", "evaluation", "grid", "own_data", "capacity"}),
-    ("methods/classical.py", {"evaluation", "grid", "own_data", "capacity"}),
-    ("cohorts/hippocampus.py", {"cohort"}),
-    ("results/tables.py", {"table1"}),
-    ("results/comparisons.py", {"table1"}),
-    ("results/pages.py", {"pages"}),
-    ("runs/bench.py", {"bench"}),
-    ("scans/store.py", {"own_data", "capacity"}),
-    ("results/costs.py", set()),
-])
+@pytest.mark.parametrize(
+    "module, reached",
+    [
+        ("losses.py", {"cohort", *TRAINED, "bench"}),
+        (
+            "methods/mean_teacher.py",
+            {"mean_teacher", "joint_plus", "cctr", "evaluation", "grid", "own_data", "capacity"},
+        ),
+        ("methods/joint_plus.py", {"joint_plus", "evaluation", "grid", "own_data", "capacity"}),
+        ("methods/cctr/contrast.py", {"cctr", "evaluation", "grid", "own_data", "capacity"}),
+        ("methods/classical.py", {"evaluation", "grid", "own_data", "capacity"}),
+        ("cohorts/hippocampus.py", {"cohort"}),
+        ("results/tables.py", {"table1"}),
+        ("results/comparisons.py", {"table1"}),
+        ("results/pages.py", {"pages"}),
+        ("runs/bench.py", {"bench"}),
+        ("scans/store.py", {"own_data", "capacity"}),
+        ("results/costs.py", set()),
+    ],
+)
 def test_one_changed_line_makes_exactly_those_stages_stale_that_can_reach_it(copy, module, reached):
     folder, texts = copy
     before = texts()
@@ -99,8 +107,13 @@ def test_every_stage_that_runs_a_notebook_or_a_module_depends_on_its_text(copy):
 def test_imports_are_followed_through_packages_and_names_that_begin_in_plain_text(tmp_path):
     package = tmp_path / "lib"
     for name, code in {
-        "__init__": "", "a": "from lib.deep import b", "deep/__init__": "from lib import c", "deep/b": "import json",
-        "c": "", "late": 'from importlib import import_module\nimport_module(f"lib.deep.{1}")', "unused": "",
+        "__init__": "",
+        "a": "from lib.deep import b",
+        "deep/__init__": "from lib import c",
+        "deep/b": "import json",
+        "c": "",
+        "late": 'from importlib import import_module\nimport_module(f"lib.deep.{1}")',
+        "unused": "",
     }.items():
         file = package / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -44,8 +44,18 @@ def test_interval_holds_the_mean_and_narrows_with_more_subjects():
 def rows(method, values, seed=1):
     """Two slices for each of three subjects."""
     return [
-        {"cohort": "c", "recipe": "strong", "rate": 1, "seed": seed, "method": method, "class": "mean",
-         "subject": f"s{k // 2}", "slice": k, "dsc": value, "hd": 10 * (1 - value)}
+        {
+            "cohort": "c",
+            "recipe": "strong",
+            "rate": 1,
+            "seed": seed,
+            "method": method,
+            "class": "mean",
+            "subject": f"s{k // 2}",
+            "slice": k,
+            "dsc": value,
+            "hd": 10 * (1 - value),
+        }
         for k, value in enumerate(values)
     ]
 
@@ -87,8 +97,19 @@ def test_a_comparison_counts_subjects_and_knows_how_seeds_differ():
     for seed, gain in ((1, 0.1), (2, 0.2), (3, 0.3)):
         for k in range(5):
             for method, dsc in (("fs", 0.5), ("joint", 0.5 + gain * (-1 if k == 4 else 1))):
-                rows.append({"cohort": "a", "recipe": "paper", "rate": 1, "seed": seed, "class": "mean", "subject": f"s{k}",
-                             "slice": k, "method": method, "dsc": dsc})
+                rows.append(
+                    {
+                        "cohort": "a",
+                        "recipe": "paper",
+                        "rate": 1,
+                        "seed": seed,
+                        "class": "mean",
+                        "subject": f"s{k}",
+                        "slice": k,
+                        "method": method,
+                        "dsc": dsc,
+                    }
+                )
     found = statistics.compare(pd.DataFrame(rows), [("joint", "fs")], ["dsc"]).iloc[0]
     assert (found["n_larger"], found["n_smaller"]) == (4, 1)
     gains = 0.6 * np.array([0.1, 0.2, 0.3])

@@ -76,9 +76,18 @@ def flip(file, place):
 
 
 @pytest.mark.parametrize("file", ["images.bin", "labels.bin", "index.jsonl"])
-@pytest.mark.parametrize("spoil", [lambda f: cut(f, 0), lambda f: cut(f, 0.4), lambda f: cut(f, 0.9),
-                                   lambda f: flip(f, 0.1), lambda f: flip(f, 0.5), lambda f: f.unlink(),
-                                   lambda f: f.write_text("what?\n{}\n[]\n")])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda f: cut(f, 0),
+        lambda f: cut(f, 0.4),
+        lambda f: cut(f, 0.9),
+        lambda f: flip(f, 0.1),
+        lambda f: flip(f, 0.5),
+        lambda f: f.unlink(),
+        lambda f: f.write_text("what?\n{}\n[]\n"),
+    ],
+)
 def test_what_was_cut_or_changed_on_disk_is_not_there_and_is_added_again(tmp_path, file, spoil):
     first = store.Store(tmp_path, 8)
     for k, name in enumerate("bca"):  # as after a change of a

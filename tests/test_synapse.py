@@ -1,11 +1,11 @@
 import h5py
 import numpy as np
 import pytest
+from test_volumes import refused
 
 from lib.cohorts import synapse
 from lib.cohorts.splitting import check_split
 from lib.runs import params
-from test_volumes import refused
 
 
 def organs(seed, slices):
@@ -45,16 +45,22 @@ def spoil_slice(folder, **changes):
     np.savez(file, **{**dict(np.load(file)), **changes})
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda f: (f / "train_npz" / "case0006_slice001.npz").write_bytes(b"PK"), "case0006_slice001.npz does not hold"),
-    (lambda f: np.savez(f / "train_npz" / "case0006_slice001.npz", image=np.zeros((24, 24))), "does not hold"),
-    (lambda f: spoil_slice(f, label=np.zeros((24, 20))), "but a label of"),
-    (lambda f: spoil_slice(f, label=np.full((24, 24), 11)), r"holds the values \[11\]"),
-    (lambda f: spoil_slice(f, image=np.full((24, 24), np.nan)), "NaN"),
-    (lambda f: spoil_slice(f, image=np.zeros((20, 20)), label=np.zeros((20, 20))), "differ in shape"),
-    (lambda f: (f / "test_vol_h5" / "case0001.npy.h5").write_bytes(b"HDF"), "case0001.npy.h5 does not hold"),
-    (lambda f: (f / "test_vol_h5" / "case0001.npy.h5").unlink(), "holds no case.*register at"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda f: (f / "train_npz" / "case0006_slice001.npz").write_bytes(b"PK"),
+            "case0006_slice001.npz does not hold",
+        ),
+        (lambda f: np.savez(f / "train_npz" / "case0006_slice001.npz", image=np.zeros((24, 24))), "does not hold"),
+        (lambda f: spoil_slice(f, label=np.zeros((24, 20))), "but a label of"),
+        (lambda f: spoil_slice(f, label=np.full((24, 24), 11)), r"holds the values \[11\]"),
+        (lambda f: spoil_slice(f, image=np.full((24, 24), np.nan)), "NaN"),
+        (lambda f: spoil_slice(f, image=np.zeros((20, 20)), label=np.zeros((20, 20))), "differ in shape"),
+        (lambda f: (f / "test_vol_h5" / "case0001.npy.h5").write_bytes(b"HDF"), "case0001.npy.h5 does not hold"),
+        (lambda f: (f / "test_vol_h5" / "case0001.npy.h5").unlink(), "holds no case.*register at"),
+    ],
+)
 def test_bad_input_is_named(settings, tmp_path, spoil, words):
     spoil(tmp_path)
     refused(synapse.build, settings, words)

@@ -11,12 +11,29 @@ from lib.results.statistics import average_classes
 
 def rows_of(recipe, method, scores, seed=1, rate=1, variant="", cohort="made up"):
     """One row per test slice, two slices a subject."""
-    return pd.DataFrame([
-        {"cohort": cohort, "recipe": recipe, "rate": rate, "n_labelled": 5 * rate, "seed": seed, "variant": variant,
-         "method": method, "subject": f"s{k // 2}", "slice": k, "class": "a", "dsc": dsc, "hd": 10 * (1 - dsc),
-         "hd95": 8 * (1 - dsc), "empty": dsc == 0, "confidence": 0.5 + dsc / 2, "round": 0}
-        for k, dsc in enumerate(scores)
-    ])
+    return pd.DataFrame(
+        [
+            {
+                "cohort": cohort,
+                "recipe": recipe,
+                "rate": rate,
+                "n_labelled": 5 * rate,
+                "seed": seed,
+                "variant": variant,
+                "method": method,
+                "subject": f"s{k // 2}",
+                "slice": k,
+                "class": "a",
+                "dsc": dsc,
+                "hd": 10 * (1 - dsc),
+                "hd95": 8 * (1 - dsc),
+                "empty": dsc == 0,
+                "confidence": 0.5 + dsc / 2,
+                "round": 0,
+            }
+            for k, dsc in enumerate(scores)
+        ]
+    )
 
 
 def whole(*frames):
@@ -54,7 +71,9 @@ def test_the_star_is_combined_against_mt_and_p_is_against_fs():
     rng = np.random.default_rng(0)
     fs = rng.uniform(0.5, 0.6, 24)
     _, compared, table = whole(
-        rows_of("paper", "fs", fs), rows_of("paper", "mt", fs + 0.01), rows_of("paper", "combined", fs + 0.2),
+        rows_of("paper", "fs", fs),
+        rows_of("paper", "mt", fs + 0.01),
+        rows_of("paper", "combined", fs + 0.2),
         rows_of("-", "classical", fs - 0.1),
     )
     overall = table[(table["seed"] == "all") & (table["class"] == "mean")].set_index("method")
@@ -62,7 +81,7 @@ def test_the_star_is_combined_against_mt_and_p_is_against_fs():
     assert overall.loc["combined", "p_fs"] == pytest.approx(2 / 2**12)
     assert overall.loc["combined", "p_fs_holm"] >= overall.loc["combined", "p_fs"]
     assert np.isnan(overall.loc["fs", "p_fs"])
-    classical = compared[(comparisons["method"] == "classical") & (compared["metric"] == "dsc")].iloc[0]
+    classical = compared[(compared["method"] == "classical") & (compared["metric"] == "dsc")].iloc[0]
     assert classical["recipe"] == "paper" and classical["difference"] == pytest.approx(-0.1)
 
 
@@ -85,11 +104,15 @@ def test_a_single_subject_does_not_turn_the_arrow_round():
 
 def test_what_holds_against_fs_is_said_in_words():
     fs = np.linspace(0.5, 0.7, 24)
-    _, compared, _ = whole(rows_of("paper", "fs", fs), rows_of("paper", "mt", fs - 0.1),
-                              rows_of("paper", "joint", fs + 0.1), rows_of("paper", "combined", fs))
+    _, compared, _ = whole(
+        rows_of("paper", "fs", fs),
+        rows_of("paper", "mt", fs - 0.1),
+        rows_of("paper", "joint", fs + 0.1),
+        rows_of("paper", "combined", fs),
+    )
     words = tables.in_words(compared)
     assert words.startswith("- **made up, 1 %, recipe paper.** DSC better: joint +0.100 (+0.100 to +0.100).")
-    assert "DSC worse: mt -0.100" in words and "DSC level: combined +0.000" in words
+    assert "DSC worse: mt -0.100" in words and "DSC not significantly different: combined +0.000" in words
     assert "HD better: joint -1.00" in words and "HD worse: mt +1.00" in words
     assert "nothing" in tables.in_words(compared[:0])
 
@@ -112,7 +135,13 @@ def test_methods_and_recipes_come_in_reading_order():
     _, _, table = whole(*shuffled)
     overall = table[(table["seed"] == "all") & (table["class"] == "mean")]
     assert list(zip(overall["recipe"], overall["method"])) == [
-        ("paper", "fs"), ("paper", "mt"), ("paper", "joint"), ("strong", "fs"), ("strong", "mt"), ("strong", "joint")]
+        ("paper", "fs"),
+        ("paper", "mt"),
+        ("paper", "joint"),
+        ("strong", "fs"),
+        ("strong", "mt"),
+        ("strong", "joint"),
+    ]
     assert "| paper    | fs" in tables.markdown(table) and "0.58 ± 0.27" in published.beside_the_paper(table)
 
 
@@ -147,17 +176,34 @@ def test_the_label_efficiency_says_what_is_counted(counted):
 
 
 def test_the_ablation_compares_a_variant_with_joint_plus_on_the_same_seeds():
-    per_image = average_classes(pd.concat([
-        rows_of("strong", "joint+", [0.9, 0.9, 0.8, 0.8]), rows_of("strong", "joint+", [0.1] * 4, seed=2),
-        rows_of("strong", "joint+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
-        rows_of("strong", "combined+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
-        rows_of("strong", "combined+", [0.9, 0.9, 0.8, 0.8]),
-    ], ignore_index=True))
-    rounds = pd.DataFrame([
-        {"cohort": "made up", "recipe": "strong", "rate": 1, "seed": 1, "variant": variant, "stage": "joint+",
-         "round": number, "split": "validation", "dsc_segmentation": score}
-        for variant, number, score in (("", 0, 0.8), ("", 1, 0.95), ("no pairs", 0, 0.8), ("no pairs", 1, 0.7))
-    ])
+    per_image = average_classes(
+        pd.concat(
+            [
+                rows_of("strong", "joint+", [0.9, 0.9, 0.8, 0.8]),
+                rows_of("strong", "joint+", [0.1] * 4, seed=2),
+                rows_of("strong", "joint+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
+                rows_of("strong", "combined+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
+                rows_of("strong", "combined+", [0.9, 0.9, 0.8, 0.8]),
+            ],
+            ignore_index=True,
+        )
+    )
+    rounds = pd.DataFrame(
+        [
+            {
+                "cohort": "made up",
+                "recipe": "strong",
+                "rate": 1,
+                "seed": 1,
+                "variant": variant,
+                "stage": "joint+",
+                "round": number,
+                "split": "validation",
+                "dsc_segmentation": score,
+            }
+            for variant, number, score in (("", 0, 0.8), ("", 1, 0.95), ("no pairs", 0, 0.8), ("no pairs", 1, 0.7))
+        ]
+    )
     table = ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
     assert table.loc["as it stands", "dsc"] == pytest.approx(0.85)  # of seed 1, the only one with the variant
     assert table.loc["no pairs", "difference"] == pytest.approx(-0.1)
@@ -171,9 +217,16 @@ def test_the_ablation_compares_a_variant_with_joint_plus_on_the_same_seeds():
 
 def test_p_of_the_ablation_is_corrected_over_the_variants():
     scores = np.linspace(0.5, 0.9, 24)
-    per_image = average_classes(pd.concat([
-        rows_of("strong", "joint+", scores), rows_of("strong", "joint+", scores - 0.1, variant="no pairs"),
-        rows_of("strong", "joint+", scores + 0.1, variant="plain mean")], ignore_index=True))
+    per_image = average_classes(
+        pd.concat(
+            [
+                rows_of("strong", "joint+", scores),
+                rows_of("strong", "joint+", scores - 0.1, variant="no pairs"),
+                rows_of("strong", "joint+", scores + 0.1, variant="plain mean"),
+            ],
+            ignore_index=True,
+        )
+    )
     rounds = pd.DataFrame(columns=["rate", "recipe", "seed", "variant", "stage", "split", "dsc_segmentation"])
     table = ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
     assert table["p"].iloc[1:].tolist() == pytest.approx([2 / 2**12] * 2)
@@ -181,18 +234,28 @@ def test_p_of_the_ablation_is_corrected_over_the_variants():
 
 
 def test_variants_of_cctr_are_compared_with_cctr():
-    per_image = average_classes(pd.concat([
-        rows_of("strong", "cctr", [0.9, 0.9]), rows_of("strong", "cctr-b", [0.8, 0.8]), rows_of("strong", "fs", [0.6, 0.6]),
-        rows_of("strong", "joint+", [0.5, 0.5]), rows_of("strong", "joint+", [0.4, 0.4], variant="no pairs"),
-        rows_of("strong", "cctr", [0.7, 0.7], variant="with contrast"),
-        rows_of("strong", "cctr-b", [0.6, 0.6], variant="with contrast"),
-    ], ignore_index=True))
+    per_image = average_classes(
+        pd.concat(
+            [
+                rows_of("strong", "cctr", [0.9, 0.9]),
+                rows_of("strong", "cctr-b", [0.8, 0.8]),
+                rows_of("strong", "fs", [0.6, 0.6]),
+                rows_of("strong", "joint+", [0.5, 0.5]),
+                rows_of("strong", "joint+", [0.4, 0.4], variant="no pairs"),
+                rows_of("strong", "cctr", [0.7, 0.7], variant="with contrast"),
+                rows_of("strong", "cctr-b", [0.6, 0.6], variant="with contrast"),
+            ],
+            ignore_index=True,
+        )
+    )
     rounds = pd.DataFrame(columns=["variant", "stage", "rate", "recipe", "split", "seed", "dsc_segmentation"])
     everything = ablation(per_image, rounds)
     table = everything[everything["class"] == "mean"]
     assert everything["class"].unique().tolist() == ["mean", "a"] and everything["p"].count() == table["p"].count()
     assert table.groupby("method")["variant"].agg(list).to_dict() == {
-        "joint+": ["as it stands", "no pairs"], "cctr": ["as it stands", "with contrast"]}
+        "joint+": ["as it stands", "no pairs"],
+        "cctr": ["as it stands", "with contrast"],
+    }
     row = table[table["variant"] == "with contrast"].iloc[0]
     assert (row["dsc"], row["companion dsc"]) == pytest.approx((0.7, 0.6))
     assert row["difference"] == pytest.approx(-0.2) and row["companion difference"] == pytest.approx(-0.2)
@@ -202,10 +265,17 @@ def test_variants_of_cctr_are_compared_with_cctr():
 
 def test_the_companion_is_tested_by_itself():
     scores = np.linspace(0.5, 0.7, 24)
-    per_image = average_classes(pd.concat([
-        rows_of("strong", "cctr", scores), rows_of("strong", "cctr-b", scores),
-        rows_of("strong", "cctr", scores, variant="with contrast"),
-        rows_of("strong", "cctr-b", scores - 0.1 - scores / 10, variant="with contrast")], ignore_index=True))
+    per_image = average_classes(
+        pd.concat(
+            [
+                rows_of("strong", "cctr", scores),
+                rows_of("strong", "cctr-b", scores),
+                rows_of("strong", "cctr", scores, variant="with contrast"),
+                rows_of("strong", "cctr-b", scores - 0.1 - scores / 10, variant="with contrast"),
+            ],
+            ignore_index=True,
+        )
+    )
     rounds = pd.DataFrame(columns=["variant", "stage", "rate", "recipe", "split", "seed", "dsc_segmentation"])
     row = ablation(per_image, rounds).query("`class` == 'mean' and variant == 'with contrast'").iloc[0]
     assert row["p"] == row["hd p"] == 1
@@ -213,10 +283,20 @@ def test_the_companion_is_tested_by_itself():
 
 
 def test_variants_of_cctr_and_published_figures_have_their_rows_in_table_1():
-    per_image = average_classes(pd.concat([rows.assign(n_labelled=3) for rows in (
-        rows_of("strong", "fs", [0.6, 0.6], cohort="ACDC"), rows_of("strong", "cctr", [0.9, 0.9], cohort="ACDC"),
-        rows_of("strong", "joint+", [0.4, 0.4], variant="no pairs", cohort="ACDC"),
-        rows_of("strong", "cctr", [0.7, 0.7], variant="with contrast", cohort="ACDC"))], ignore_index=True))
+    per_image = average_classes(
+        pd.concat(
+            [
+                rows.assign(n_labelled=3)
+                for rows in (
+                    rows_of("strong", "fs", [0.6, 0.6], cohort="ACDC"),
+                    rows_of("strong", "cctr", [0.9, 0.9], cohort="ACDC"),
+                    rows_of("strong", "joint+", [0.4, 0.4], variant="no pairs", cohort="ACDC"),
+                    rows_of("strong", "cctr", [0.7, 0.7], variant="with contrast", cohort="ACDC"),
+                )
+            ],
+            ignore_index=True,
+        )
+    )
     compared = tables.compare(per_image[per_image["variant"] == ""])
     assert set(compared["metric"]) == {"dsc", "hd", "hd95"}
     table = published.with_published(tables.table1(tables.with_variants(per_image), compared))
@@ -231,8 +311,11 @@ def test_variants_of_cctr_and_published_figures_have_their_rows_in_table_1():
 
 
 def test_the_summary_has_a_row_a_method_and_a_column_a_number_of_labels():
-    _, _, table = whole(rows_of("strong", "fs", [0.5, 0.7]), rows_of("strong", "fs", [0.7, 0.9], rate=10),
-                        rows_of("paper", "mt", [0.25, 0.25]))
+    _, _, table = whole(
+        rows_of("strong", "fs", [0.5, 0.7]),
+        rows_of("strong", "fs", [0.7, 0.9], rate=10),
+        rows_of("paper", "mt", [0.25, 0.25]),
+    )
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.summary(table).splitlines()]
     assert lines[0] == ["DSC (HD in pixels)", "recipe", "5 (1 %)", "50 (10 %)"]
     assert lines[2:] == [["mt", "paper", "0.250 (7.50)", ""], ["fs", "strong", "0.600 (4.00)", "0.800 (2.00)"]]
@@ -240,9 +323,24 @@ def test_the_summary_has_a_row_a_method_and_a_column_a_number_of_labels():
 
 def test_low_confidence_marks_bad_masks_in_the_calibration_table():
     per_image = average_classes(rows_of("strong", "joint", np.linspace(0.1, 0.9, 20)))
-    bins = pd.DataFrame([{"cohort": "made up", "recipe": "strong", "rate": 1, "seed": 1, "variant": "",
-                          "method": "joint", "low": 0.5, "high": 0.55, "n": 10, "probability": 0.52,
-                          "frequency": 0.5, "brier": 0.25}])
+    bins = pd.DataFrame(
+        [
+            {
+                "cohort": "made up",
+                "recipe": "strong",
+                "rate": 1,
+                "seed": 1,
+                "variant": "",
+                "method": "joint",
+                "low": 0.5,
+                "high": 0.55,
+                "n": 10,
+                "probability": 0.52,
+                "frequency": 0.5,
+                "brier": 0.25,
+            }
+        ]
+    )
     row = tables.calibrated(per_image, bins).iloc[0]
     assert row["ece"] == pytest.approx(0.02) and row["brier_marked"] == 0.25
     assert row["spearman"] == pytest.approx(1) and row["auroc_worst_tenth"] == 1

@@ -46,9 +46,15 @@ def layers(case, slice, number):
     """An image as bright as slice and round are high, and a square mask; case b has no true mask."""
     image, mask = np.full((32, 32), (1 + slice + 3 * number) / 10), np.zeros((1, 32, 32))
     mask[:, 8:20, 8:20] = 1
-    found = {"image": image, "prediction": mask, "confidence": np.full((32, 32), 0.7), "disagreement": 0 * image,
-             "segmentation masks": np.stack([mask] * 3), "warped masks": np.stack([mask] * 3),
-             "displacement": np.zeros((3, 2, 32, 32))}
+    found = {
+        "image": image,
+        "prediction": mask,
+        "confidence": np.full((32, 32), 0.7),
+        "disagreement": 0 * image,
+        "segmentation masks": np.stack([mask] * 3),
+        "warped masks": np.stack([mask] * 3),
+        "displacement": np.zeros((3, 2, 32, 32)),
+    }
     return found | ({"true mask": mask} if case == "a" else {})
 
 
@@ -65,7 +71,8 @@ def test_layers_are_what_the_experiment_gives(trial, number):
     masks = trial.generate(refined(networks, trial.settings.joint_plus), torch.tensor([index]), "", "viewer", index)
     soft = fuse(masks, saved["weight"]).soft[0]
     expected = {
-        "image": trial.data.images[index, 0], "true mask": trial.data.masks[index],
+        "image": trial.data.images[index, 0],
+        "true mask": trial.data.masks[index],
         "prediction": harden(masks.plain)[0],
         "confidence": torch.cat((1 - soft.sum(0, keepdim=True), soft)).amax(0).clamp(0, 1),
         "disagreement": (masks.segmentation - masks.registration)[0].abs().amax(0),
@@ -99,8 +106,15 @@ def test_every_control_draws_the_picture_of_what_is_chosen():
     shown = view()
     assert shown.chosen == ("a", 1, 1) and shown.status.value == "a, slice 2 of 3, round 1: prediction"
     seen = {shown.picture.value}
-    for control, value in ((shown.slice, 3), (shown.round, 0), (shown.layer, "confidence"), (shown.outlined, False),
-                           (shown.layer, "displacement"), (shown.layer, "all"), (shown.case, "b")):
+    for control, value in (
+        (shown.slice, 3),
+        (shown.round, 0),
+        (shown.layer, "confidence"),
+        (shown.outlined, False),
+        (shown.layer, "displacement"),
+        (shown.layer, "all"),
+        (shown.case, "b"),
+    ):
         control.value = value
         assert shown.picture.value == shown.render(*shown.chosen, shown.layer.value, shown.outlined.value)
         seen.add(shown.picture.value)
@@ -158,8 +172,10 @@ def test_every_class_has_its_colour_and_nothing_is_left_clear():
 
 
 def test_without_a_front_end_there_is_a_still_picture(tmp_path):
-    source = f"import sys\nsys.path[:0] = {[str(params.ROOT), str(params.ROOT / 'tests')]}\n" \
-             "from test_viewer import view\nview().show()"
+    source = (
+        f"import sys\nsys.path[:0] = {[str(params.ROOT), str(params.ROOT / 'tests')]}\n"
+        "from test_viewer import view\nview().show()"
+    )
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=kernel)
     nbformat.write(notebook, tmp_path / "a.ipynb")
@@ -178,23 +194,42 @@ def lab(trial, tmp_path):
         shutil.copy(params.ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "notebooks")
     for name in ("lib", "params.yaml"):
         (tmp_path / name).symlink_to(params.ROOT / name)
-    for name, value in (("notebook-extension/tracker", {"windowingMode": "none"}),  # all cells are on the page
-                        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False})):
+    for name, value in (
+        ("notebook-extension/tracker", {"windowingMode": "none"}),  # all cells are on the page
+        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
+    ):
         settings = tmp_path / "lab" / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         settings.parent.mkdir(parents=True)
         settings.write_text(json.dumps(value))
-    folders = {f"{name}_DIR": str(tmp_path / "lab" / part) for name, part in (
-        ("JUPYTERLAB_SETTINGS", "settings"), ("JUPYTERLAB_WORKSPACES", "workspaces"), ("JUPYTER_CONFIG", "config"),
-        ("JUPYTER_RUNTIME", "runtime"))}
+    folders = {
+        f"{name}_DIR": str(tmp_path / "lab" / part)
+        for name, part in (
+            ("JUPYTERLAB_SETTINGS", "settings"),
+            ("JUPYTERLAB_WORKSPACES", "workspaces"),
+            ("JUPYTER_CONFIG", "config"),
+            ("JUPYTER_RUNTIME", "runtime"),
+        )
+    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
-               f"--port={address.rsplit(':')[-1]}", "--ServerApp.port_retries=0", "--IdentityProvider.token=",
-               f"--ServerApp.root_dir={tmp_path}", "--LabApp.expose_app_in_browser=True"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={address.rsplit(':')[-1]}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={tmp_path}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
     with open(tmp_path / "lab.log", "w") as log:
-        server = subprocess.Popen(command, env=os.environ | folders | {"IPYTHONDIR": str(tmp_path / "lab")},
-                                  stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, env=os.environ | folders | {"IPYTHONDIR": str(tmp_path / "lab")}, stdout=log, stderr=log
+        )
     try:
         for _ in range(300):
             try:
@@ -221,9 +256,19 @@ def browser(tmp_path):
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-                     "disable-background-networking", "disable-component-update", "disable-dev-shm-usage",
-                     "window-size=1300,1400", f"user-data-dir={tmp_path / 'profile'}"):
+    for argument in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-sync",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-dev-shm-usage",
+        "window-size=1300,1400",
+        f"user-data-dir={tmp_path / 'profile'}",
+    ):
         options.add_argument(f"--{argument}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     driver.set_script_timeout(20)
@@ -247,9 +292,12 @@ class Page:
     def __init__(self, browser, address, notebook):
         self.browser = browser
         browser.get(f"{address}/doc/tree/notebooks/{notebook}.ipynb")
-        self.wait(lambda: browser.execute_script(
-            "const page = window.jupyterapp?.shell.currentWidget; return page?.context?.isReady && "
-            "page.sessionContext.isReady && page.sessionContext.session?.kernel?.connectionStatus == 'connected'"))
+        self.wait(
+            lambda: browser.execute_script(
+                "const page = window.jupyterapp?.shell.currentWidget; return page?.context?.isReady && "
+                "page.sessionContext.isReady && page.sessionContext.session?.kernel?.connectionStatus == 'connected'"
+            )
+        )
         browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
     def wait(self, condition, seconds=60):
@@ -261,7 +309,7 @@ class Page:
             try:
                 if found := condition():
                     return found
-            except WebDriverException as error:
+            except WebDriverException:
                 if time.monotonic() > end:
                     raise
             assert time.monotonic() < end, self.text("body")[-3000:]
@@ -291,8 +339,10 @@ def distance(*pictures):
     return np.abs(first - second).mean() if first.shape == second.shape else np.inf
 
 
-BROWSER = pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")),
-                             reason="there is no chromium or no chromedriver: apt-get install chromium chromium-driver")
+BROWSER = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="there is no chromium or no chromedriver: apt-get install chromium chromium-driver",
+)
 
 
 @pytest.mark.browser
@@ -325,11 +375,12 @@ def test_the_keyboard_moves_the_viewer_in_jupyterlab(trial, lab, browser, tmp_pa
     page.check(expected, seconds=120)  # every cell has run
     browser.find_element("css selector", ".jupyter-widgets select").send_keys(Keys.TAB)  # on to the slider of the cases
     for control, value, keys in (
-            (expected.case, list(expected.cases)[1], [Keys.ARROW_RIGHT]),
-            (expected.slice, 2, [Keys.TAB, Keys.ARROW_RIGHT]),  # whose number can be typed, too: one more Tab
-            (expected.round, 0, [Keys.TAB, Keys.TAB, Keys.ARROW_LEFT]),
-            (expected.layer, "warped masks", [*[Keys.TAB] * (2 + layers.index("warped masks")), Keys.ENTER]),
-            (expected.outlined, False, [Keys.TAB, Keys.TAB, Keys.SPACE])):
+        (expected.case, list(expected.cases)[1], [Keys.ARROW_RIGHT]),
+        (expected.slice, 2, [Keys.TAB, Keys.ARROW_RIGHT]),  # whose number can be typed, too: one more Tab
+        (expected.round, 0, [Keys.TAB, Keys.TAB, Keys.ARROW_LEFT]),
+        (expected.layer, "warped masks", [*[Keys.TAB] * (2 + layers.index("warped masks")), Keys.ENTER]),
+        (expected.outlined, False, [Keys.TAB, Keys.TAB, Keys.SPACE]),
+    ):
         before = expected.picture.value
         control.value = value
         assert distance(before, expected.picture.value) > 0.004

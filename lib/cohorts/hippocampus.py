@@ -22,7 +22,7 @@ NUMBERS = """
 305 308 309 310 311 314 316 317 318 319 320 322 325 326 327 328 329 331 332 333 335 336 337 338 340 341 343 349 351
 352 354 355 356 358 359 360 361 366 367 368 370 372 373 374 375 376 378 380 381 383 385 386 387 389 390 393
 """.split()
-CASES = {f"hippocampus_{number}" for number in NUMBERS}  # of the archive's 260 those that the results are from
+CASES = {f"hippocampus_{number}" for number in NUMBERS}  # the results are from these of the archive's 260
 
 
 def find_folder(folder):
@@ -50,7 +50,7 @@ def find_folder(folder):
 def find_cases(folder):
     """(name, image file, mask file) of every case, in the Decathlon's layout or with folders images and labels.
 
-    Of the official archive those of CASES, so that the split is the one that the results are from.
+    Of the official archive only those of CASES, so that the split is that of the results.
     """
     for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
         if (folder / images).is_dir():

@@ -61,15 +61,15 @@ class Grid(NamedTuple):
 def upright(axis):
     """Axes of the canonical array that are (slices, rows, columns) of slices along ``axis``.
 
-    Slices then stand upright once their rows are turned over: the patient's left at the left, or where the slices are
-    sagittal the back; front or head at the top.
+    With their rows turned over, slices then stand upright: front or head at the top, the patient's left at the left (in
+    sagittal slices the back).
     """
     first, second = (other for other in range(3) if other != axis)
     return axis, second, first
 
 
 def check_size(file, least):
-    """Read a .gz file to its end, where its checksum is, which nibabel does not, before memory is taken for it.
+    """Read a .gz file to its end, before memory is taken for it. Its checksum is there; nibabel does not read that far.
 
     Raises:
         OSError, EOFError, zlib.error: it is broken. ValueError: it holds less than ``least`` bytes, or much more.
@@ -130,7 +130,7 @@ def read_volume(file, axis=2):
 
     Args:
         file: NIfTI, 2D or 3D.
-        axis: of Grid: along which slices are taken, where they are. An image one slice thick has them along that axis.
+        axis: along which slices are taken. In an image that is one slice thick they are taken along the thin axis.
 
     Returns:
         (``(x, y, z)`` float32, from left to right, posterior to anterior and inferior to superior; Grid).
@@ -209,7 +209,7 @@ def read_pair(image_file, mask_file=None, values=None, axis=2):
 
 
 def mark_of(array):
-    """What the header of a file that we have written says of its content, in whatever order its bytes are stored."""
+    """The description in the header of a file that we write: a checksum of its content, the same in any byte order."""
     native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
     return f"joint segmentation {zlib.crc32(native):08x}".encode()
 

@@ -77,7 +77,7 @@ def build(settings):
     cases = sorted(slices)
     if len(cases) <= settings.validation:
         raise DataError(
-            f"{folder / 'train_npz'} holds {len(cases)} cases, of which {settings.validation} are to "
+            f"{folder / 'train_npz'} holds {len(cases)} cases, and {settings.validation} are to "
             "validate: add some, or lower synapse.validation in params.yaml"
         )
     volumes = []

@@ -20,8 +20,8 @@ class VolumeCohort(Cohort):
         positions: ``(slices,)`` float32 along the axis, 0 the first slice of its volume, 1 the last.
         ranks: ``(slices,)`` place of the slice's subject in the order in which subjects are labelled.
         shapes: ``(volumes, 3)`` original height, width and slices, in the order in which the volumes stand.
-        truth: ``(voxels,)`` uint8, the original labels of those volumes that do not train, which alone are scored
-            by them, one after another, slices first.
+        truth: ``(voxels,)`` uint8, the original labels of all volumes that do not train, one after another, slices
+            first. Only those volumes are scored by them.
     """
 
     volumes: np.ndarray
@@ -74,7 +74,7 @@ class VolumeCohort(Cohort):
         return self.truth[start : start + sizes[number]].reshape(slices, height, width)
 
     def matches(self, index, sources):
-        """For every slice, of every volume among ``sources`` the slice that lies nearest along the axis.
+        """For every slice: the slice of every volume among ``sources`` that lies nearest along the axis.
 
         Args:
             index: ``(n,)`` slices.
@@ -94,7 +94,7 @@ class VolumeCohort(Cohort):
 
 @dataclass(frozen=True)
 class OwnCohort(VolumeCohort):
-    """A user's slices: what has a mask is labelled, the rest is not, and there is nothing to test on.
+    """A user's slices: those with a mask are labelled, the rest is not, and there is nothing to test on.
 
     Attributes, besides those of VolumeCohort:
         masked: ``(slices,)`` whether a slice has a mask.

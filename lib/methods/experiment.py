@@ -33,10 +33,10 @@ class Experiment:
         cohort: cohorts.cohort.Cohort.
         data: cohorts.cohort.Tensors.
         cabinet: runs.cabinet.Cabinet, in which the stages keep their weights, checkpoints and costs.
-        pooled: whether segmentation is trained by the soft Dice of whole batches, see losses.soft_dice_loss: where
-            the images are slices of volumes.
-        origin: fingerprint of cohort file, draws, precision and versions, part of every checkpoint's own. The
-            rate is not: registration is pre-trained without masks, once for all rates.
+        pooled: whether the soft Dice loss of the segmentation is that of whole batches, see losses.soft_dice_loss.
+            True if the images are slices of volumes.
+        origin: fingerprint of cohort file, draws, precision and versions. It is part of every checkpoint's own. The
+            rate is not in it: registration is pre-trained without masks, once for all rates.
     """
 
     def __init__(self, settings):
@@ -95,7 +95,7 @@ class Experiment:
         )
 
     def every_mask(self, networks, index, generator):
-        """The 2N masks of the images ``index``, whose mean soft pseudo-masks are: pseudo_masks.every_mask."""
+        """The 2N masks of the images ``index``, see pseudo_masks.every_mask. Their mean is the soft pseudo-mask."""
         data = self.data
         return pseudo_masks.every_mask(
             networks,
@@ -184,13 +184,13 @@ def best_rounds(measured):
 
 
 def predict_rounds(experiment, index, stage, methods, seen_by=lambda networks: networks):
-    """Masks of a stage that was trained in rounds, each method's with the round that was best for it.
+    """Masks of a stage that was trained in rounds. Each method is tested with the round that was best for it.
 
     Args:
         index: of the images.
-        methods: names of what are, of the masks in that round, those of the registration, those of the segmentation
-            network and the (weighted) mean.
-        seen_by: function of the two networks that gives those which make the masks.
+        methods: three names: of the mean of the warped masks, of the segmentation network's mask, and of the
+            (weighted) mean of all 2N masks.
+        seen_by: function of the two networks that gives the two that make the masks, such as with refinement.
 
     Returns:
         Dictionary of method to Prediction.

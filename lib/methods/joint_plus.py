@@ -1,12 +1,14 @@
-"""joint+: joint training that a strong supervised network gains from too.
+"""joint+: joint training in which one network may be much better than the other.
 
-P1 averages all masks with equal weight and trains on the average. Where one network is much better than the other,
-that average drags it down. Here instead
+P1 averages all masks with equal weight and trains on the average. If one network is much better, the average is worse
+than that one and drags it down. Here instead
 
 - every displacement field is *refined* for its own pair of images (lib.refinement);
 - registration makes *training pairs*: a labelled image and its mask, warped by the same field onto the anatomy of an
-  unlabelled image. However good the field is, the pair is exact;
-- soft pseudo-masks are *fused by reliability*, the weight of either network chosen on the validation images;
+  unlabelled image. The pair is exact, however good the field is. Closest relatives: Zhao et al., "Data augmentation
+  using learned transformations for one-shot medical image segmentation", CVPR 2019; Xu and Niethammer, "DeepAtlas",
+  MICCAI 2019;
+- soft pseudo-masks are *fused by reliability*: the weight of each network is chosen on the validation images;
 - labelled images keep a fixed share of every batch, all images are augmented in all rounds, and the average of the
   weights over the steps is what is validated and tested.
 """
@@ -73,7 +75,7 @@ class Pairs(NamedTuple):
 
 
 def match_histogram(images, references):
-    """Images ``(n, 1, height, width)`` whose grey values, in their order, are exchanged for those of ``references``."""
+    """Images ``(n, 1, height, width)`` with the grey values of ``references``: the k-th darkest pixel gets the k-th."""
     order = images.flatten(1).argsort(dim=1, stable=True)
     values = references.flatten(1).sort(dim=1).values
     return torch.empty_like(values).scatter_(1, order, values).reshape(images.shape)
@@ -118,9 +120,11 @@ def train_on_mixture(experiment, network, pairs, soft, number):
     options, recipe = settings.joint_plus, settings.segmentation
     labelled, masks, unlabelled = data.images[data.labelled], data.masks[data.labelled], data.images[data.unlabelled]
     free = [part for part in ("pairs", "pseudo") if (pairs if part == "pairs" else soft) is not None]
+    # Labelled images keep a fixed share, however many others there are. Pairs and pseudo-labels share the rest.
     fixed = max(1, round(options.labelled * options.batch)) if free else options.batch
     counts = {part: (options.batch - fixed + k) // len(free) for k, part in enumerate(free)}
     counts = {part: count for part, count in counts.items() if count}  # a batch of one holds a labelled image alone
+    # The teacher teaches nothing here: it is the average of the weights.
     networks = numerics.place(MeanTeacher(network, options.decay))
     tested = networks.teacher if options.decay else networks.student
 
@@ -145,7 +149,7 @@ def train_on_mixture(experiment, network, pairs, soft, number):
     key = fingerprint(
         experiment.origin,
         JOINT_PLUS,
-        {name: value for name, value in options.items() if name != "rounds"},
+        {name: value for name, value in options.items() if name != "rounds"},  # more rounds leave the first as they are
         recipe,
         number,
         weights_digest(network),
@@ -164,7 +168,7 @@ def train_on_mixture(experiment, network, pairs, soft, number):
         validate=lambda trained: validation_dice(experiment, tested),
         after_step=networks.update,
     )
-    network.load_state_dict(tested.state_dict())
+    network.load_state_dict(tested.state_dict())  # the next round goes on from the average
     return found
 
 

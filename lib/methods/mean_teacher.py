@@ -48,8 +48,8 @@ def ramp_up(step, start, end):
 def train_mean_teacher(experiment):
     """Mean Teacher on the labelled and unlabelled images, with the steps, batches and augmentation of FS.
 
-    From ``start`` on the student is also to agree, in mean squared difference, with its teacher on unlabelled
-    images, each of the two seeing its own noise. The teacher is validated, kept and tested.
+    From ``start`` on, the student is also to agree with its teacher on unlabelled images (mean squared difference).
+    Each of the two sees its own noise. The teacher is validated, kept and tested.
 
     Returns:
         (ResidualUNet, the teacher; Fit, whose ``watched`` are the teacher's masks of ``data.example``).
@@ -73,6 +73,7 @@ def train_mean_teacher(experiment):
         weight = options.consistency * ramp_up(step, start, full)
         if weight:
             free = unlabelled[draw_indices(len(unlabelled), recipe.batch, generator)]
+            # One batch, so that all are augmented alike. Unlabelled images have no target: no loss reads these zeros.
             images = torch.cat((images, free))
             target = torch.cat((target, torch.zeros_like(target[:1]).expand(len(free), -1, -1, -1)))
         if recipe.augmentation == "strong":

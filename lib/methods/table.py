@@ -1,8 +1,8 @@
 """The table of methods: all that tables, figures and the grid know of them.
 
 A new method is a module here (``train_...`` for its notebook, ``predict`` for the evaluation), a notebook that trains
-it, a section of params.yaml and its entries below. The table is a module of its own, which no training imports, so that
-an entry more does not repeat anybody's training; and it needs no torch, so that tables and charts start quickly.
+it, a section of params.yaml and its entries below. The table is a module of its own that no training imports: a new
+entry repeats no training. It needs no torch, so that tables and charts start quickly.
 """
 
 from collections.abc import Callable
@@ -12,19 +12,18 @@ from lib.runs import versions
 
 
 class Stage(NamedTuple):
-    """Something that is trained (or, as classical registration, only run), from which one or several masks come.
+    """Something that is trained (or, as classical registration, only run), and gives one mask or several.
 
-    Its module under lib.methods has ``predict(experiment, index)``, which gives a dictionary of method to
-    experiment.Prediction of the images ``index``, and, where there is a course to be shown, ``rounds(experiment)``, the
-    rows of rounds.csv that are its own.
+    Its module under lib.methods has ``predict(experiment, index)``: a dictionary of method to experiment.Prediction of
+    the images ``index``. If there is a course to show, it also has ``rounds(experiment)``: its rows of rounds.csv.
     """
 
     name: str  # the folder of its weights, and its section of params.yaml
     module: str  # under lib.methods
     notebook: str  # that trains it; of an untrained one the notebook that runs it
     after: tuple = ()  # stages that it goes on from; their costs are its own too
-    rounds: bool = False  # trained in rounds, all of which are kept
-    needs_unlabelled: bool = True  # where everything is labelled it does not run
+    rounds: bool = False  # trained in rounds; all are kept
+    needs_unlabelled: bool = True  # it does not run if everything is labelled
     trained: bool = True
     runs: Callable = lambda settings, recipe: True  # whether it runs, for the settings of the pipeline and a recipe
     sections: tuple = ()  # of params.yaml, or parts of them, that only it and others that name them read
@@ -149,8 +148,8 @@ def stages_of(settings, recipe, rate=None, changed=()):
     Args:
         settings: of the pipeline.
         rate: per cent; at 100 nothing is unlabelled.
-        changed: sections that a variant changes: it trains those alone whose variant it is, after the pre-training
-            that they share. None of them is a variant.
+        changed: sections that a variant changes. Only stages that vary by them are trained, after the pre-training
+            that they share. Empty: no variant.
     """
     every = sorted({REGISTRATION, *stages()}, key=lambda stage: stage.notebook)
     if changed:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from lib.methods.table import METHODS
+from lib.methods.table import by_name
 from lib.results import statistics
 from lib.results.tables import as_markdown, figure, p_value
 
@@ -18,14 +18,16 @@ def ablation(per_image, rounds):
         rounds: rows of rounds.csv, variants among them.
 
     Returns:
-        pandas.DataFrame, one row per variant and class, and one of the whole method: DSC and HD on the test images
-        of the method and of its companion (combined+, or CCT-R's second network), DSC of fs (that of the same
-        labelled images), the differences of DSC and HD, of method and companion, from those of the whole method with,
-        of class ``mean``, their p (Wilcoxon over subjects) and p_holm, corrected over the variants of the same method
-        and rate, and the best validation DSC, of joint+'s rounds or as CCT-R was trained.
+        pandas.DataFrame, one row per variant and class, and one of the whole method:
+
+        - DSC and HD on the test images, of the method and of its companion (combined+, or CCT-R's second network);
+        - DSC of fs with the same labelled images;
+        - differences of DSC and HD from the whole method, of method and companion. Class ``mean`` has their p (Wilcoxon
+          over subjects) and p_holm, corrected over the variants of the same method and rate;
+        - the best validation DSC: of joint+'s rounds, or during the training of CCT-R.
     """
     test = per_image[~per_image["cohort"].str.contains("unseen")]
-    ablated = {method.name: method.companion for method in METHODS if method.companion}
+    ablated = {name: method.companion for name, method in by_name().items() if method.companion}
     rows = []
     for (cohort, recipe, rate, label), group in test.groupby(["cohort", "recipe", "rate", "class"], sort=False):
         for method, companion in ablated.items():
@@ -77,7 +79,7 @@ def ablation(per_image, rounds):
 
 
 def changed(chosen, whole, method, metric):
-    """By how much a variant changes a method, and whether that can be chance.
+    """By how much a variant changes a method, and the p value of the change.
 
     Args:
         chosen, whole: rows of one class on the same test images, of the variant and of the whole method.

@@ -6,7 +6,7 @@ import pandas as pd
 BINS = 20
 GROUPS = 10  # of views by confidence, through whose means the curve of predict_dsc goes
 SMALLEST_GROUP = 3  # views: the mean of fewer says more of their scatter than of confidence
-PRIOR = 2  # cases, as which it counts in predict_dsc that cases may scatter no more than views of one do
+PRIOR = 2  # cases: weight in predict_dsc of the assumption that cases scatter as views of one do
 MARKED = 1  # first bin that counts as marked: probabilities from 0.05
 
 
@@ -45,8 +45,8 @@ def pool(bins):
 def errors(bins):
     """Expected calibration error and Brier score of reliability rows, over all pixels and over the marked ones.
 
-    Most pixels are background that nobody doubts, which makes any score over all pixels look good; the marked
-    ones are those whose own probability is at least 0.05.
+    Most pixels are certain background, so any score over all pixels looks good. The marked ones are those whose
+    own probability is at least 0.05.
     """
     found = {}
     for suffix, rows in (("", bins), ("_marked", bins[bins["low"] >= MARKED / BINS - 1e-9])):
@@ -82,11 +82,11 @@ def quality_control(confidence, dsc):
 def predict_dsc(pairs, confidence):
     """The DSC that a mask of this mean confidence is likely to have, with a 95 % prediction interval.
 
-    Held-out cases and worse views of them give means of tenths by confidence; a curve through these that may not fall
-    as confidence rises (isotonic regression) foretells the DSC. It is level beyond what was seen. What is left over is
-    taken apart: the scatter of views of one case, of which there are many, and that of cases, of which there are few.
-    Until cases show otherwise they are taken to scatter as their views do, which counts as much as PRIOR cases; with
-    few of them the interval is wide.
+    Held-out cases and worse views of them are grouped into tenths by confidence. A curve through the groups' means that
+    may not fall as confidence rises (isotonic regression) predicts the DSC. Beyond the confidences that were seen it is
+    constant. The residuals have two parts: the scatter of views of one case (many), and that of cases (few). Cases are
+    assumed to scatter as their views do; this assumption has the weight of PRIOR cases. With few cases the interval is
+    wide.
 
     Args:
         pairs: rows of (number of the case, or of the subject that cases are of, mean confidence, DSC).

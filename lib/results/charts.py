@@ -1,7 +1,7 @@
 """Charts of a training: curves, rounds, the course of pseudo-labels; and how figures are saved.
 
-They need no tensors, so that the notebooks which only draw tables start without torch, and know no method, so that one
-more changes nothing of a training.
+They need no tensors: notebooks that only draw tables start without torch. They know no method: a new one changes no
+training's code.
 """
 
 from pathlib import Path
@@ -50,8 +50,8 @@ def round_curves(measured):
     """Per round: DSC of both networks and the soft pseudo-masks, mean confidence and folding.
 
     Args:
-        measured: rows of rounds.csv, of which those without registration, CCT-R's, are left out; one column of
-            panels per recipe and stage.
+        measured: rows of rounds.csv. Those without registration (CCT-R's) are left out. There is one column of panels
+            per recipe and stage.
     """
     measured = measured[measured["dsc_registration"].notna()]
     groups = list(measured.groupby(["recipe", "stage"], sort=False))

@@ -82,7 +82,7 @@ def owner(frame):
 
 
 def collect_watched(settings):
-    """Masks that methods gave of one image while they learnt: dictionary of label to (steps, masks).
+    """Masks that methods gave one image during training: dictionary of label to (steps, masks).
 
     Of the settings' seed and, as in Figure 2 of P1, at the settings' rate and at 10 %.
     """

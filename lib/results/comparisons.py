@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import ScalarFormatter
 
-from lib.methods.table import METHODS, by_name
+from lib.methods.table import by_name
 from lib.results.calibration import pool
 
 
@@ -83,7 +83,7 @@ def reliability(bins, per_image):
     Args:
         bins: rows of calibration.reliability; per_image: rows of class ``mean``; both of one rate.
     """
-    cohort, methods = bins["cohort"].iloc[0], [method for method in METHODS if method.in_reliability]
+    cohort, methods = bins["cohort"].iloc[0], [method for method in by_name().values() if method.in_reliability]
     recipes = [recipe for recipe in bins["recipe"].unique() if recipe != "-"]
     figure, axes = plt.subplots(len(recipes), 2, figsize=(9, 4 * len(recipes)), squeeze=False)
     for (left, right), recipe in zip(axes, recipes):

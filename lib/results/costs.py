@@ -1,7 +1,7 @@
 """`python -m lib.results.costs`: what every stage took, from the notes of all runs, to work/costs.csv.
 
-Seconds, device and precision differ from run to run, so that they stand in none of the other results, and git does not
-hold this file. `--keep` writes a summary of it by method to results/costs/<kind of machine>.csv, which git does.
+Seconds, device and precision differ from run to run, so they are in no other result, and git does not hold this file.
+`--keep` writes a summary of it by method to results/costs/<kind of machine>.csv, which git does hold.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def collect():
 
 
 def by_method(costs):
-    """Seconds of every method's own stage and those that it goes on from, averaged over seeds.
+    """Seconds of every method: of its own stage and the stages that it goes on from, averaged over seeds.
 
     Args:
         costs: of ``collect``.

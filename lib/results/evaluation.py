@@ -83,7 +83,7 @@ def module_of(stage):
 def trained_stages(experiment):
     """Stages of the table that have been trained for an experiment, and are part of this run.
 
-    A variant has stages of its own where they may vary, and the baseline of its labelled images.
+    Of a variant these are the stages that may vary, and the baseline, since its labelled images may differ.
     """
     settings = experiment.settings
     for stage in table.stages():
@@ -162,9 +162,9 @@ def describe(experiment, split, index, method, masks, truth):
 
 
 def evaluate_untrained(experiment):
-    """Methods without training on the test images, or an even sample of them, as many as ``images`` of their section.
+    """Untrained methods on the test images, or on an even sample of as many as ``images`` of their section says.
 
-    Masks of images that are not in the sample are empty; they have no rows. As ``evaluate``; there is no recipe.
+    As ``evaluate``, but without a recipe. Images that are not in the sample have empty masks and no rows.
     """
     cohort, data, settings = experiment.cohort, experiment.data, experiment.settings
     frames, bins, kept = [], [], {}
@@ -190,9 +190,9 @@ def evaluate_untrained(experiment):
 def rounds(experiment):
     """What was measured while every stage was trained, one row per stage, round and split.
 
-    Of joint and joint+ after every round. Of CCT-R at every look at its networks: ``round`` is the step, stage ``cctr``
-    the U-Net and ``cctr-b`` the Swin transformer, and unlabelled images are those of ``watched_slices``. ``best_for``
-    names the methods that are tested with that round.
+    Joint and joint+ have a row for every round, CCT-R for every check of its networks during training. There ``round``
+    is the step, stage ``cctr`` the U-Net, ``cctr-b`` the Swin transformer, and unlabelled images are those of
+    ``watched_slices``. ``best_for`` names the methods that are tested with that round.
     """
     settings = experiment.settings
     modules = [module_of(stage) for stage in trained_stages(experiment)]
@@ -212,7 +212,7 @@ def rounds(experiment):
 
 
 def save_watched(experiment, folder, count=5):
-    """Keep, for Figure 2, the masks that stages of the table gave of one image while they learnt.
+    """Keep, for Figure 2, the masks that stages of the table gave one image during training.
 
     ``count`` of them, evenly spaced, go to ``<stage>_<recipe>.npz`` in ``folder``: steps and masks.
     """

@@ -1,8 +1,8 @@
 """`python -m lib.results.grid`: experiments at further rates, with further seeds and variants, several at a time.
 
 Runs the notebooks through papermill for every item of params.yaml's section ``grid`` that has no results yet, or
-results of other settings or code. A killed run started again goes on with the items, and within them with the
-steps, that are missing; an item that fails is reported and does not stop the others.
+results of other settings or code. A killed run that is started again goes on with the missing items, and within an
+item with the missing steps. An item that fails is reported and does not stop the others.
 """
 
 import csv
@@ -41,8 +41,8 @@ class Item(NamedTuple):
 def groups_of(settings):
     """Items that share a registration network, as lists: recipe and seed are the same, rates and variants differ.
 
-    Variants run at the first rate. Where no rates or seeds are named, they are the pipeline's own. What the pipeline
-    runs anyway, at its own rate and seed, is left out. The main recipe comes before the baseline.
+    Variants run at the first rate. If no rates or seeds are named, they are the pipeline's own. What the pipeline runs
+    anyway, at its own rate and seed, is left out. The main recipe comes before the baseline.
     """
     rates, seeds = settings.grid.rates or [settings.rate], settings.grid.seeds or [settings.seed]
     groups = []
@@ -58,7 +58,7 @@ def groups_of(settings):
 def stages_of(item, settings):
     """Stages of methods.table that make an item, in order. At 100 % nothing is unlabelled: only the baseline runs.
 
-    A variant begins with the pre-training that it shares with the others: what has been trained before is only loaded.
+    A variant begins with the pre-training that it shares with the others; if that is done, it is only loaded.
     """
     changed = ()
     if item.variant:
@@ -80,8 +80,8 @@ def folder_of(item, settings):
 def key_of(item, settings):
     """Fingerprint of what the item's results depend on: settings, split and the code's names.
 
-    Where the data lie does not count, since the split names every slice; nor does the device, nor what precision
-    ``auto`` comes to on it: results from one machine are good for another.
+    The folder of the data does not count, since the split names every slice. Nor do the device and the precision that
+    ``auto`` gives on it: results from one machine are valid on another.
     """
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
     ran = stages_of(item, settings)

@@ -81,7 +81,7 @@ def registrations(source, target, source_mask, target_mask, fields):
 
     Args:
         source, target: ``(1, 1, height, width)``; source_mask, target_mask: ``(1, classes, height, width)``.
-        fields: dictionary of what made it to a displacement field ``(1, 2, height, width)``.
+        fields: dictionary of a row's label to a displacement field ``(1, 2, height, width)``.
 
     One row per field: source, target, warped source, warped grid, Jacobian determinant with folds marked.
     """

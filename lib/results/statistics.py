@@ -10,7 +10,7 @@ from scipy import stats
 
 RESAMPLES = 10_000
 SCORES = ("dsc", "hd", "hd95")
-IMAGE = ["seed", "subject", "slice"]  # what a pair of methods must both have
+IMAGE = ["seed", "subject", "slice"]  # only images that both methods have are compared
 
 
 def average_classes(per_image):

@@ -34,8 +34,7 @@ def compare(per_image):
     """Paired tests of every method against the baseline, then of those that the table of methods names beside it.
 
     See statistics.compare. Untrained methods, which have no recipe, are compared with the baseline of every recipe.
-
-    Recipes and rates stand in their order, whatever that in which their results were found.
+    Rows are in the order of recipes and rates, whatever the order of the results.
 
     Args:
         per_image: rows of class ``mean`` among them (average_classes), without variants.
@@ -58,14 +57,17 @@ def table1(per_image, comparisons):
         comparisons: of ``compare``.
 
     Returns:
-        pandas.DataFrame. Rows with seed ``all`` are over all n_seeds: means over test images and seeds, sd over all
-        of them, and dsc_seed_sd, hd_seed_sd, the sd of the seeds' means. Those of class ``mean`` also have the 95 %
-        interval of the DSC over subjects (dsc_low, dsc_high) and the tests against fs of the same recipe (p_fs,
-        p_fs_holm, effect_fs) and of combined and combined+ against mt (p_mt, difference_mt, effect_mt), of the DSC
-        and, ending in ``_hd``, of the HD; star is the paper's, p_mt below 0.05, uncorrected, with an arrow: up is
-        better, a higher DSC or a lower HD, by the ranks on which the test rests (effect_mt), which single subjects
-        do not turn as they may the means. Column rounds says which round was tested, seed by seed. The classical
-        reference has no recipe, so that its tests against fs of either recipe are in ``comparisons`` alone.
+        pandas.DataFrame. Rows with seed ``all`` are over all n_seeds: means and sd over test images and seeds, and
+        dsc_seed_sd, hd_seed_sd, the sd of the seeds' means. Those of class ``mean`` also have
+
+        - dsc_low, dsc_high: the 95 % interval of the DSC over subjects;
+        - p_fs, p_fs_holm, effect_fs: the test against fs of the same recipe, of the DSC and, ending in ``_hd``, of HD;
+        - p_mt, difference_mt, effect_mt: the same of combined and combined+ against mt;
+        - star: the paper's, p_mt below 0.05, uncorrected. The arrow points up if combined is better (higher DSC, lower
+          HD). It goes by the ranks that are tested (effect_mt): single subjects can turn the means, but not these;
+        - rounds: which round was tested, seed by seed.
+
+        The classical reference has no recipe. Its tests against fs of either recipe are in ``comparisons`` alone.
     """
     summary = {"n_test": ("dsc", "size"), "n_empty": ("empty", "sum")}
     for name in SCORES:
@@ -212,14 +214,15 @@ def p_value(p):
 
 
 def in_words(comparisons):
-    """What can be told from chance against fs, as Markdown: one item per cohort, rate and recipe.
+    """Which methods differ significantly from fs, as Markdown: one item per cohort, rate and recipe.
 
     Args:
         comparisons: of ``compare``.
 
     Returns:
-        For DSC and HD the methods that are better, worse or neither (p_holm below 0.05, the side by the ranks, see
-        ``table1``), with the mean difference from fs and its 95 % interval over subjects.
+        For DSC and HD the methods that are significantly better or worse (p_holm below 0.05; the side is that of the
+        ranks, see ``table1``) and those that are neither. Each has its mean difference from fs and the 95 % interval
+        over subjects.
     """
     if not len(comparisons):
         return "There is nothing to compare with fs yet.\n"
@@ -228,9 +231,15 @@ def in_words(comparisons):
     for (cohort, rate, recipe), group in against.groupby(["cohort", "rate", "recipe"], sort=False):
         said = []
         for metric, digits, better in (("dsc", 3, 1), ("hd", 2, -1)):
-            named = {"better": [], "worse": [], "level": []}
+            named = {"better": [], "worse": [], "not significantly different": []}
             for _, row in group[group["metric"] == metric].iterrows():
-                side = "level" if row["p_holm"] >= 0.05 else "better" if better * row["effect"] > 0 else "worse"
+                side = (
+                    "not significantly different"
+                    if row["p_holm"] >= 0.05
+                    else "better"
+                    if better * row["effect"] > 0
+                    else "worse"
+                )
                 figures = [f"{row[column]:+.{digits}f}" for column in ("difference", "low", "high")]
                 named[side].append("{} {} ({} to {})".format(row["method"], *figures))
             said += [f"{metric.upper()} {side}: {', '.join(methods)}." for side, methods in named.items() if methods]
@@ -241,8 +250,8 @@ def in_words(comparisons):
 def calibrated(per_image, bins):
     """Calibration and quality control of every method: one row per cohort, recipe, rate and method.
 
-    Pixels of all seeds are taken together; rank correlation and AUROC are means over seeds, as every seed's networks
-    have a level of confidence of their own, with which they are used.
+    Pixels of all seeds are taken together. Rank correlation and AUROC are means over seeds, since the networks of each
+    seed have their own range of confidence.
     """
     keys = ["cohort", "recipe", "rate", "method"]
     images = per_image[(per_image["class"] == "mean") & (per_image["variant"] == "")].groupby(keys, sort=False)

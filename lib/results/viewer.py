@@ -28,7 +28,7 @@ from lib.results.plots import TRUE, array, draw, draw_grid, outline
 
 LAYERS = {  # what can be seen, and what it is
     "image": "the slice as the networks see it",
-    "true mask": "the hand-drawn mask, where there is one; no method sees that of an unlabelled image",
+    "true mask": "the hand-drawn mask, where there is one; that of an unlabelled image is hidden from training",
     "prediction": "the mask of every class",
     "confidence": "probability of the most probable class; 1 is certain, and left transparent",
     "disagreement": "absolute difference between the mean segmentation mask and the mean warped mask",

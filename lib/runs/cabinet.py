@@ -83,8 +83,8 @@ class Cabinet:
     def _place(self, stage):
         """The part of a stage's path that says which run it is of.
 
-        Stages without masks are the same at any rate. A variant has stages of its own where it changes their section of
-        params.yaml, or which images are labelled; the others it shares.
+        Stages without masks are the same at any rate. A variant has a stage of its own if it changes that stage's
+        section of params.yaml, or which images are labelled. It shares the other stages.
         """
         settings = self.settings
         if stage in WITHOUT_MASKS:

@@ -48,7 +48,16 @@ def advice(gpu, cuda, torch):
 
 def main():
     torch = re.search(r"^torch==\S+", REQUIREMENTS.read_text(), re.MULTILINE)[0]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dry-run",
+        "--no-deps",
+    ]
     done = subprocess.run([*command, "--report", "-", torch], capture_output=True, text=True)
     try:
         report = json.loads(done.stdout)

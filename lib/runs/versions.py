@@ -1,7 +1,7 @@
 """Names for the numbers that the code gives, and fingerprints of what results depend on.
 
-Whoever changes the code so that the same settings give other numbers changes the name as well, so that no checkpoint
-or finished item of the grid is taken for one of the new code; tests/test_numerics.py fails where this was forgotten.
+If you change code so that the same settings give other numbers, change its name as well. Otherwise checkpoints and
+finished items of the grid are taken for those of the new code. tests/test_numerics.py fails if you forget.
 """
 
 import hashlib

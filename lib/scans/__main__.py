@@ -21,7 +21,7 @@ AGAIN = 2  # seconds after which a signal that had no effect is raised again
 
 
 def stop(number, _):
-    """What a signal does: what is being written is discarded, what is finished stays. The status is the shell's own."""
+    """End after a signal: what is being written is discarded, what is finished stays. The status is the shell's own."""
     # Python discards an exception that is raised while a destructor runs: it is raised again until it gets through.
     signal.signal(signal.SIGALRM, lambda *_: sys.exit(128 + number))
     signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)

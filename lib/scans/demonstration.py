@@ -12,8 +12,8 @@ from lib.runs.params import cohort_file
 def write_demonstration(settings, folder):
     """Write images, a few of them with masks, as a user would bring them.
 
-    One slice of every subject is taken, whatever split it is in, until there are as many as asked for; the first get
-    masks. What the masks of the others would be goes to a folder of its own, to be compared with afterwards.
+    One slice of every subject is taken, whatever split it is in, until there are as many as asked for. The first get
+    masks. The masks of the others go to a folder of their own, to be compared with afterwards.
 
     Args:
         settings: as params.load gives them, of the pipeline's cohort; its section folder.demonstration says how many.

@@ -134,11 +134,11 @@ def chosen_slices(settings, store, cases):
 
 
 def subjects_of(names, pattern):
-    """Dictionary of subject to its cases: cases are of one subject where the pattern's first group is the same in them.
+    """Dictionary of subject to its cases: those whose names agree in the pattern's first group.
 
     Args:
         names: of cases.
-        pattern: regular expression; a case in which it is not found, or any where it is empty, is a subject of its own.
+        pattern: regular expression. A case without a match is a subject of its own; if it is empty, every case is.
 
     Raises:
         DataError: it is no regular expression with a group.
@@ -156,9 +156,9 @@ def subjects_of(names, pattern):
 
 
 def folds_of(subjects, seed):
-    """Names of the labelled cases that are held out, once per network to be trained: all of a subject or none.
+    """Folds: for every network to be trained, the names of the labelled cases that are held out from it.
 
-    One subject alone cannot be held out: the one fold is then empty.
+    Cases of one subject are held out together. A single subject cannot be held out: the only fold is then empty.
 
     Args:
         subjects: of ``subjects_of``.
@@ -177,11 +177,11 @@ def build(settings, store, intake, held_out):
 
     Args:
         settings: as params.load gives them.
-        held_out: names of the labelled cases that validate; where it is empty, those that train do.
+        held_out: names of the labelled cases that validate; if there are none, those that train validate too.
 
     Returns:
-        OwnCohort. Of slices without masks, at most folder.unlabelled are in it, of those with masks at most
-        folder.labelled to train and as many to validate: it lies in memory. They are thinned evenly.
+        OwnCohort. It lies in memory, so slices are thinned evenly: at most folder.unlabelled without masks, and with
+        masks at most folder.labelled that train and as many that validate.
     """
     options = settings.folder
     slices = chosen_slices(options, store, intake.cases)

@@ -8,14 +8,14 @@ from lib.compute import out_of_memory
 
 
 def with_less_memory(work, what):
-    """``work(divisor)`` with the divisor of the batches at 1; where memory does not suffice at 2, 4 and 8.
+    """``work(1)``; if memory does not suffice, ``work(2)``, then 4 and 8. ``work`` divides its batches by that number.
 
     Args:
         work: function of the divisor.
         what: it is, in words.
 
     Raises:
-        DataError: it does not suffice then either.
+        DataError: memory does not suffice for an eighth of the batch either.
     """
     for divisor in (1, 2, 4, 8):
         try:

@@ -23,8 +23,8 @@ class Model(NamedTuple):
 
     ``about``: classes (names), values (label value of each class in the masks), size (side of the slices), axis,
     normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and
-    settings), licence (of the training data) and calibration (rows of number of a held-out
-    subject, mean confidence and DSC, of it and of worse views of it).
+    settings), licence (of the training data) and calibration (rows: number of a held-out subject, and mean confidence
+    and DSC of one of its cases or of a worse view of it).
     """
 
     networks: list

@@ -1,4 +1,4 @@
-"""Looking at what was segmented: the least certain cases, what their confidence foretells, and a viewer of all."""
+"""Looking at what was segmented: the least certain cases, their predicted DSC, and a viewer of all."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -69,7 +69,7 @@ class Review:
         return pd.Series(scores, name="dsc", dtype=float)
 
     def agreement(self, true_dsc):
-        """How well the predicted DSC foretells the true one.
+        """How well the predicted DSC agrees with the true one.
 
         Args:
             true_dsc: as ``dsc_with`` gives it.
@@ -117,7 +117,7 @@ class Review:
         """Predicted DSC of every case over its mean confidence, and the held-out cases that it is learnt from.
 
         Args:
-            true_dsc: pandas.Series of case to DSC, where masks are known that no method has seen.
+            true_dsc: pandas.Series of case to DSC, if there are masks that were hidden from training.
         """
         figure, ax = plt.subplots(figsize=(5.6, 3.8))
         pairs = np.reshape(self.model.about["calibration"], (-1, 3))

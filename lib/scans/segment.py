@@ -53,8 +53,8 @@ def segment_folder(settings):
     """Masks and confidence maps of every image of a folder, by the given model or by one trained on it.
 
     Everything lies under folder.output: ``<case>_mask.nii.gz``, ``<case>_confidence.nii.gz``, cases.csv, the model
-    with held_out.csv, and ``work`` with what a killed run goes on from. What is there already, from the same image,
-    model and settings, is not computed again. A file that somebody has changed, or that is not of these runs, is kept.
+    with held_out.csv, and ``work``, from which a killed run goes on. Results of the same image, model and settings are
+    not computed again. A file that somebody has changed, or that is not from these runs, is kept.
 
     Args:
         settings: as params.load gives them, of cohort ``folder``.
@@ -63,7 +63,7 @@ def segment_folder(settings):
         pandas.DataFrame, cases.csv: one row per case, ``status`` done, kept or failed, and ``note`` says why.
 
     Raises:
-        DataError: the folders cannot be used, nothing is labelled, or the model is none; see also ``at_work``.
+        DataError: the folders cannot be used, nothing is labelled, or the model file is not one; see also ``at_work``.
     """
     with at_work(settings) as output:
         options = settings.folder
@@ -126,9 +126,9 @@ def write_table(table, file):
 
 
 def summary(rows, classes, review):
-    """cases.csv: to be reviewed is what failed, what marks nothing, and what is not known to reach DSC ``review``.
+    """cases.csv. To be reviewed are cases that failed or mark nothing, and those without a predicted DSC of ``review``.
 
-    What somebody has changed has been reviewed.
+    A mask that somebody has changed counts as reviewed.
     """
     columns = [
         "case",

@@ -12,8 +12,8 @@ from lib.runs.files import append, append_line, read_lines
 class Store:
     """Slices of one size, those of a case together, each case once.
 
-    A case is written first, then named in the index with its checksum: after a crash, or where another program or the
-    disk has spoilt it, it is not there and is to be added again. A case whose file has changed is appended anew.
+    A case is written first, then named in the index with its checksum. If a crash, another program or the disk has
+    spoilt it, ``has`` is false, and it is to be added again. A case whose file has changed is appended anew.
 
     Args:
         folder: where the store lies; made if need be.

@@ -1,8 +1,8 @@
 """Training on a folder of scans: networks by joint+, what is held out, and what confidence means.
 
-Where five or more subjects are labelled, a fifth of them is held out: their DSC says which rounds are good, and
-calibrates the predicted one. Where fewer are, each is left out once, and the masks are the mean of the networks that
-come of it.
+With five or more labelled subjects, a fifth of them is held out. Their DSC says which rounds are good, and calibrates
+the predicted DSC. With two to four, each is left out once, and a mask is the mean over the networks. A single one
+cannot be held out.
 """
 
 import json
@@ -26,7 +26,7 @@ from lib.scans.intake import build, chosen_slices, class_names, folds_of, subjec
 from lib.scans.memory import with_less_memory
 from lib.scans.model_file import Model
 
-TOLERANCE = 0.01  # of the DSC of held-out cases, by which a later round may be below an earlier one
+TOLERANCE = 0.01  # how far below the best round, in DSC of held-out cases, the one that is kept may be
 
 
 def train(settings, store, intake):
@@ -92,7 +92,7 @@ def train_fold(settings, store, intake, number, held_out, divisor=1):
 
     Args:
         number, held_out: which fold, and the names of the cases that validate.
-        divisor: what batches are divided by, for want of memory.
+        divisor: of the batches, if memory does not suffice.
     """
     own = fold_settings(settings, number, bool(held_out), divisor)
     build(own, store, intake, held_out).save(cohort_file(own))
@@ -110,7 +110,7 @@ def train_fold(settings, store, intake, number, held_out, divisor=1):
 def last_good_round(measured):
     """The last round whose DSC on the held-out cases is at most TOLERANCE below the best.
 
-    Held-out cases are few: they see that a round has gone wrong, not which of several good ones is best on all others.
+    Held-out cases are few. They show that a round has gone wrong, but not which of several good ones is best.
 
     Args:
         measured: see experiment.load_measured.
@@ -120,12 +120,12 @@ def last_good_round(measured):
 
 
 def fold_settings(settings, number, validated=True, divisor=1):
-    """Settings under which a fold trains, by which its Experiment is found again; see ``train_fold``."""
+    """Settings of a fold; they lead back to its Experiment after training. See ``train_fold``."""
     own = section(json.loads(json.dumps(settings)))
     own["cohort"] = f"folder/fold_{number}"
     for part in (own.segmentation, own.registration, own.joint_plus):
         part["batch"] = max(1, part["batch"] // divisor)
-    if not validated:  # nothing to weigh both kinds of masks by
+    if not validated:  # without held-out cases there is nothing to choose the weight on
         own.joint_plus["fusion"] = "mean"
     return own
 

@@ -1,10 +1,9 @@
-"""Alignment of volumes before anything bends: organs lie differently in the scan, turned and larger or smaller.
+"""Alignment of volumes before they are registered: organs lie differently in every scan, turned, larger or smaller.
 
-A registration network follows motion of some pixels. Where the region of the labels lies elsewhere in the target, a
-similarity transform of the slice plane, the same for all slices of a volume, first takes one onto the other. It is
-found by search: every start is tried on small images, the best ones are improved by gradient descent. What counts is
-how similar the images are where the source is labelled; no mask of the target is used. P2 leaves open how its volumes
-are registered: this is ours.
+A registration network follows motion of some pixels; organs may lie further apart. A similarity transform of the slice
+plane, the same for all slices of a volume, therefore comes first. It is found by search: every start is tried on small
+images, and the best ones are improved by gradient descent. Similarity counts only where the source is labelled. No mask
+of the target is used. P2 leaves open how its volumes are registered: this is ours.
 """
 
 import itertools
@@ -22,11 +21,11 @@ ANGLES = [math.radians(angle) for angle in (-40, -20, 0, 20, 40)]
 SCALES = [math.log(scale) for scale in (0.8, 1, 1.25)]
 SHIFTS = (-0.15, -0.075, 0, 0.075, 0.15)  # of the side
 STARTS, STEPS, RATE = 3, 40, 0.01  # of the descent
-STIFFNESS = 0.05  # of the scale: a small piece of the target is easily alike
+STIFFNESS = 0.05  # weight of log(scale)²: a small piece of the target easily looks similar
 
 
 def region(masks, groups):
-    """Where a volume is labelled, in the one slice or the other, and a margin around it.
+    """Where a volume is labelled in any of its slices, with a margin.
 
     Args:
         masks: ``(n, classes, height, width)`` in [0, 1].

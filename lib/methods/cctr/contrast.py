@@ -1,4 +1,4 @@
-"""Pixel contrast (P2): features are drawn to those of their class and of corresponding pixels, and from all others."""
+"""Pixel contrast (P2): features are drawn to those of their class and of corresponding pixels, away from all others."""
 
 import pandas as pd
 import torch
@@ -17,7 +17,7 @@ def info_nce(anchors, positives, negatives, temperature, valid=None):
 
     Args:
         anchors: ``(n, dimension)``, of unit length.
-        positives: ``(..., n, dimension)``, for every anchor one or several, each by itself held against the negatives.
+        positives: ``(..., n, dimension)``, one or several per anchor; each is compared with the negatives by itself.
         negatives: ``(m, dimension)``.
         valid: ``(m,)`` which of the negatives count; None for all.
 
@@ -33,6 +33,7 @@ def info_nce(anchors, positives, negatives, temperature, valid=None):
 
 def draw(allowed, count, generator):
     """Up to ``count`` random positions where ``allowed`` ``(n,)``, without waiting for the GPU: (positions, valid)."""
+    # [1, 2) where allowed, else [0, 1): the largest are allowed ones at random, then, marked invalid, others.
     score = torch.rand(len(allowed), generator=generator, device=generator.device) + allowed
     index = score.topk(min(count, len(allowed))).indices
     return index, allowed[index]
@@ -47,38 +48,41 @@ def weighted_mean(values, weights):
 def pixel_contrast(features, labels, confidence, classes, options, generator, counterparts=None):
     """The contrastive loss over the pixels of a batch.
 
-    Anchors of a class are pixels that are given to it with high confidence; their positive key is their mean, their
-    negatives are confident pixels of the other classes, of each at most as many. Counterparts are further positives.
+    Anchors of a class are pixels that have its label with high confidence. Their positive is their mean. Their
+    negatives are confident pixels of the other classes, at most the same number of each. Counterparts are further
+    positives.
 
     Args:
         features: ``(pixels, dimension)`` of unit length.
-        labels, confidence: ``(pixels,)`` class, background 0, and the probability that it is given with.
+        labels, confidence: ``(pixels,)`` class (0 is background), and its probability.
         classes: how many, background included.
         options: section ``cctr``: threshold, anchors, negatives, temperature.
         counterparts: corresponding pixels in other volumes, (``(volumes, pixels, dimension)``, ``(volumes, pixels)``
             where there is one), or None.
 
     Returns:
-        Scalars (contrast, reps): means over the classes that have anchors; that of reps is over all pairs of anchor
-        and counterpart, 0 where there are none.
+        Scalars (contrast, reps): means over the classes that have anchors. Within a class, reps is the mean over all
+        pairs of anchor and counterpart. 0 if there are none.
     """
     confident = confidence > options.threshold
     losses, reps, present, matched = [], [], [], []
     for value in range(classes):
         index, valid = draw(confident & (labels == value), options.anchors, generator)
+        # The same number of every other class: background would crowd out small structures.
         drawn = [
             draw(confident & (labels == other), options.negatives // (classes - 1), generator)
             for other in range(classes)
             if other != value
         ]
         others, counted = (torch.cat(parts) for parts in zip(*drawn))
+        # Gradients move anchors alone; what they are drawn to, and away from, stands still.
         anchors, negatives = features[index], features[others].detach()
         positives = F.normalize(weighted_mean(anchors, valid).detach(), dim=0).expand(1, *anchors.shape)
         if counterparts is not None:
             positives = torch.cat((positives, counterparts[0][:, index]))
         loss = info_nce(anchors, positives, negatives, options.temperature, counted)
         losses.append(weighted_mean(loss[0], valid))
-        present.append(valid.any() & counted.any())
+        present.append(valid.any() & counted.any())  # weights 0 and 1, since an `if` would wait for the GPU
         if counterparts is not None:
             found = valid & counterparts[1][:, index]
             reps.append(weighted_mean(loss[1:].flatten(), found.flatten()))
@@ -94,7 +98,12 @@ def pixels(features):
 
 @torch.no_grad()
 def describe(logits, masks, half, stride):
-    """Label and confidence of every pixel that has a feature: the true ones of labelled images, else the network's.
+    """Label and confidence of every pixel that has a feature: by the true masks of labelled images, else the network's.
+
+    Args:
+        logits, masks: of all images, and the true ones of the labelled images, which come first.
+        half: how many are labelled.
+        stride: pixels per feature.
 
     Returns:
         ``(batch * h * w,)`` each.
@@ -103,6 +112,7 @@ def describe(logits, masks, half, stride):
     confidence, labels = probability.max(dim=1)
     true = F.avg_pool2d(masks, stride)
     labels[:half] = to_labels(true)
+    # How many of a feature's pixels are of its most frequent class: at an outline it is not certain.
     certain = torch.maximum(true.amax(1), 1 - true.sum(1))
     confidence[:half] = certain
     return labels.flatten(), confidence.flatten()
@@ -120,7 +130,7 @@ def eligible(masks, classes, options):
         pandas.DataFrame, one row per class: ``features`` that are given to it, the ``share`` that is confident, and how
         many of those an image has (``per_image``).
     """
-    unused = masks.new_zeros(len(masks), len(classes), *masks.shape[2:])  # logits, where masks speak
+    unused = masks.new_zeros(len(masks), len(classes), *masks.shape[2:])  # logits: no image is unlabelled
     labels, confidence = describe(unused, masks, len(masks), options.stride)
     counts = [
         ((labels == value).sum(), ((labels == value) & (confidence > options.threshold)).sum())
@@ -175,7 +185,7 @@ class Bank(nn.Module):
         Returns:
             (features of unit length ``(batch, dimension, h, w)``, ``(batch, h, w)`` whether they are known).
         """
-        at = (coordinates - (self.stride - 1) / 2) / self.stride
+        at = (coordinates - (self.stride - 1) / 2) / self.stride  # a feature lies in the middle of its pixels
         found = sample(torch.cat((self.features[index], self.seen[index]), 1), at, padding="zeros")
         return F.normalize(found[:, :-1], dim=1), found[:, -1] > 0.999
 

@@ -21,10 +21,10 @@ from lib.warping import compose, folding, interpolate, pixel_grid, warp
 class Correspondence(NamedTuple):
     """What every unlabelled image corresponds to: in the chosen labelled volume, and in all of them."""
 
-    sources: torch.Tensor  # (n,) position among the labelled images of that in the chosen volume, see cctr.selection
-    fields: torch.Tensor  # (n, 2, height, width) its displacement
-    partners: torch.Tensor  # (n, volumes) position among the labelled images of that in every volume
-    places: torch.Tensor  # (n, volumes, 2, h, w) where in it every feature of the image lies, in pixels
+    sources: torch.Tensor  # (n,) its slice in the chosen volume (cctr.selection): position among the labelled images
+    fields: torch.Tensor  # (n, 2, height, width) displacement from that slice
+    partners: torch.Tensor  # (n, volumes) its slice in every volume: position among the labelled images
+    places: torch.Tensor  # (n, volumes, 2, h, w) where every feature of the image lies in those slices, in pixels
 
     def masks(self, masks):
         """Masks of the chosen labelled images, warped onto the unlabelled ones."""
@@ -32,7 +32,7 @@ class Correspondence(NamedTuple):
 
 
 def volume_numbers(experiment, index):
-    """``(n,)`` number, from 0, of the volume that each of the images ``index`` is of; its own where there are none."""
+    """``(n,)`` number of the volume of each of the images ``index``, from 0; one each if they are not from volumes."""
     volumes = getattr(experiment.cohort, "volumes", np.arange(len(experiment.cohort.images)))
     return experiment.data.as_index(np.unique(volumes[index.cpu()], return_inverse=True)[1])
 
@@ -43,7 +43,7 @@ def register_labelled(experiment, network):
 
     Volumes are first aligned (where section ``cctr`` says so), then slices are registered one by one, each to the slice
     of the labelled volume that lies nearest along the axis. The similarity of two volumes is the mean over the slices
-    of the GNCC around the labels. Where images are not from volumes each stands alone.
+    of the GNCC around the labels. Images that are not from volumes count as volumes of one slice.
 
     Args:
         experiment: Experiment. Section ``cctr`` of its settings gives the stride of the features and ``selection``,
@@ -97,8 +97,8 @@ def register_labelled(experiment, network):
 def stored_registration(experiment):
     """``register_labelled`` by the pre-trained network, computed once for all variants of CCT-R.
 
-    The file under work/checkpoints is named by a fingerprint of what the fields depend on and holds a checksum of
-    them; one that does not fit is made anew.
+    The file under work/checkpoints is named by a fingerprint of what the fields depend on, and holds a checksum of
+    them. If it does not fit, it is made anew.
     """
     settings, data = experiment.settings, experiment.data
     network = load_pretrained_registration(experiment)
@@ -130,10 +130,10 @@ def registration_scores(experiment, correspondence):
     Returns:
         pandas.DataFrame, rows ``before registration`` and ``warped labels``: mean DSC over the unlabelled volumes per
         class and of all classes (mean), GNCC around the labels (gncc), share of pixels with a non-positive Jacobian
-        determinant (folding), and how many volumes and slices they are of. Two rows say what the choice is worth, DSC
-        alone and from fields at the resolution of features: ``any volume``, the mean over all labelled volumes, and
-        ``best by true masks``, what a choice that knew the truth would reach. ``no counterpart`` is the share of the
-        slices with a class whose chosen labelled slice has none of it.
+        determinant (folding), and the numbers of volumes and slices. Two rows say what the choice is worth:
+        ``any volume``, the mean over all labelled volumes, and ``best by true masks``, the best choice there is. They
+        have DSC alone, from fields at the resolution of features. ``no counterpart``: of the slices with a class, the
+        share whose chosen labelled slice has none of it.
     """
     data, members = experiment.data, volume_numbers(experiment, experiment.data.unlabelled)
     targets, truth = data.images[data.unlabelled], data.masks[data.unlabelled]

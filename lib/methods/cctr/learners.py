@@ -8,7 +8,7 @@ SWIN_MULTIPLE = 32  # sides must divide by this
 
 
 class SwinUNet(nn.Module):
-    """MONAI's SwinUNETR in 2D as a network of features; not pre-trained, since no weights for it are to be had.
+    """MONAI's SwinUNETR in 2D as a network of features; not pre-trained, since there are no weights for it.
 
     Args:
         width: channels of the finest level, a multiple of 12.

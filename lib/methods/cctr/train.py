@@ -90,18 +90,18 @@ def load_cctr(experiment):
 
 
 def train_cctr(experiment, correspondence):
-    """Train both networks (P2), each of which ends with the weights that were its best on validation images.
+    """Train both networks (P2). Each ends with its own best weights on the validation images.
 
     Args:
         experiment: Experiment.
         correspondence: Correspondence.
 
     Returns:
-        (CrossTeaching, Fit, whose ``watched`` have ``dsc`` ``(2,)``, of the pseudo-labels of A and of B on the slices
-        of ``watched_slices``, and ``masks``, those of ``data.example``). The weights are saved under work/models.
+        (CrossTeaching, Fit). Fit's ``watched`` have ``dsc`` ``(2,)``, of the pseudo-labels of A and B on the slices of
+        ``watched_slices``, and ``masks``, theirs of ``data.example``. The weights are saved under work/models.
 
     Raises:
-        ValueError: the recipe is not ``strong``, which alone there is.
+        ValueError: the recipe is not ``strong``; there is no other.
     """
     settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
     options, pooled = settings.cctr, experiment.pooled
@@ -118,6 +118,7 @@ def train_cctr(experiment, correspondence):
         known = draw_indices(len(labelled), half, generator)
         free = draw_indices(len(unlabelled), options.batch - half, generator)
         images, targets = torch.cat((labelled[known], unlabelled[free])), torch.cat((masks[known], warped[free]))
+        # Drawn here, not in ``augment``: the bank has to know how each image was transformed.
         maps = draw_affine(
             len(images),
             max(size),
@@ -139,6 +140,7 @@ def train_cctr(experiment, correspondence):
         weights = {"supervised": 1.0, "cross": options.cross_teaching * ramp}
         if options.rsl:
             losses["rsl"] = sum(foreground_dice(logits, targets[half:], pooled) for logits in (by_first, by_second))
+            # Falls as cross teaching comes in: later in training the networks' own pseudo-labels should be better.
             weights["rsl"] = options.rsl * (1 - ramp * (1 - options.rsl_end))
         if options.contrast or options.reps:
             counterparts = None
@@ -146,9 +148,9 @@ def train_cctr(experiment, correspondence):
                 found, there = networks.bank.counterparts(
                     correspondence.partners[free], correspondence.places[free], maps[half:]
                 )
-                none = half * seen_first[0, 0].numel()  # labelled images have none; those of A and of B are the same
+                none = half * seen_first[0, 0].numel()  # zeros, as labelled images have none; A and B share them
                 counterparts = F.pad(found, (0, 0, none, 0)).repeat(1, 2, 1), F.pad(there, (none, 0)).repeat(1, 2)
-                once = slice(min(half, len(labelled)))  # then images repeat, and it would be undefined which one counts
+                once = slice(min(half, len(labelled)))  # later ones are repeats: which is stored would be undefined
                 seen = F.normalize(seen_first[once] + seen_second[once], dim=1)
                 networks.bank.store(known[once], seen, maps[once])
             described = [describe(logits, targets[:half], half, options.stride) for logits in (first, second)]
@@ -197,7 +199,7 @@ def train_cctr(experiment, correspondence):
         watch=watch,
         parts=("first", "second"),
     )
-    networks.bank = None
+    networks.bank = None  # needed for training alone
     save_network(experiment, "cctr", networks, found)
     return networks, found
 
