@@ -34,7 +34,7 @@ test: .venv/ready
 	$(ACTIVATE) && pytest -n auto --dist loadgroup --nbval-lax --nbval-current-env notebooks tests
 
 check: .venv/ready
-	$(ACTIVATE) && ruff format --check lib tests conftest.py && ruff check lib tests conftest.py && lint-imports
+	$(ACTIVATE) && ruff format --check . && ruff check . && lint-imports
 
 segment: .venv/ready
 	$(if $(and $(IMAGES),$(OUT)),,$(error give IMAGES=dir MASKS=dir OUT=dir, or IMAGES=dir OUT=dir MODEL=file))

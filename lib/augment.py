@@ -4,8 +4,9 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from lib.warping import pixel_grid, sample
+from lib.warping import interpolate, pixel_grid, sample, warp
 
 
 class Affine(NamedTuple):
@@ -96,3 +97,82 @@ def augment(images, masks, generator, settings, flip, maps=None):
     images = images + per_image(uniform(n, settings.brightness, generator), images)
     noise = torch.randn(images.shape, generator=generator, device=generator.device)
     return (images + settings.noise_std * noise).clamp(0, 1), masks
+
+
+def elastic(n, space, generator, points, std):
+    """``n`` smooth random displacement fields ``(n, axes, *space)`` in pixels, of images with two axes.
+
+    Args:
+        points: control points along every axis; cubic in between.
+        std: of the displacement of a control point, in pixels.
+    """
+    shape = n, len(space), *[points] * len(space)
+    control = std * torch.randn(shape, generator=generator, device=generator.device)
+    return F.interpolate(control, size=tuple(space), mode="bicubic", align_corners=True)
+
+
+def blur(images, sigma):
+    """Images ``(n, 1, height, width)``, each under a Gaussian of its own standard deviation ``(n,)`` in pixels."""
+    reach = 3  # pixels: three standard deviations of the strongest blur that is drawn
+    offset = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
+    kernel = torch.exp(-offset.square() / (2 * sigma.clamp_min(1e-2)[:, None].square()))
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True))[:, None, None]
+    wide = F.pad(images, [reach] * 4, mode="replicate").movedim(0, 1)
+    down = F.conv2d(wide, kernel.movedim(3, 2), groups=len(images))
+    return F.conv2d(down, kernel, groups=len(images)).movedim(0, 1)
+
+
+def lower_resolution(images, factor):
+    """Images ``(n, 1, height, width)`` shrunk to ``factor`` of their sides and enlarged again, as a coarser scan."""
+    space = images.shape[2:]
+    return interpolate(F.interpolate(images, size=[max(2, round(factor * side)) for side in space], mode="area"), space)
+
+
+def place(images, masks, generator, settings, flip, bend=True):
+    """The fair recipe's geometric augmentation: an affine map and an elastic deformation, the same for image and mask.
+
+    Args:
+        images, masks, flip: see ``augment``.
+        settings: rotation (degrees), scaling, shift (of the side), half-widths of uniform ranges; and elastic: points,
+            std (of the side), see ``elastic``.
+        bend: whether there is an elastic deformation at all.
+
+    Returns:
+        (images, masks), moved.
+    """
+    n, space = len(images), images.shape[2:]
+    maps = draw_affine(
+        n, max(space), generator, rotation=settings.rotation, scaling=settings.scaling, shift=settings.shift, flip=flip
+    )
+    if bend:
+        field = elastic(n, space, generator, settings.elastic.points, settings.elastic.std * max(space))
+        images, masks = warp(images, field), warp(masks, field)
+    return maps.apply(images), maps.apply(masks, padding="zeros")
+
+
+def light(images, generator, settings):
+    """The fair recipe's augmentation of intensities; nothing moves.
+
+    Gamma, contrast and brightness change in every image; blur, low resolution and noise come with the probabilities of
+    nnU-Net (Isensee et al., Nature Methods 2021).
+
+    Args:
+        images: ``(n, 1, height, width)`` in [0, 1].
+        settings: gamma, contrast, brightness, half-widths of uniform ranges; and for blur (pixels), low_resolution (the
+            smallest factor) and noise (standard deviation) the strongest, each with its probability in ``chance``.
+
+    Returns:
+        Images in [0, 1].
+    """
+    n = len(images)
+    share = lambda: torch.rand(n, generator=generator, device=generator.device)
+    chosen = lambda name: per_image((share() < settings.chance[name]).float(), images)
+    images = images.clamp(0, 1).pow(per_image(uniform(n, settings.gamma, generator).exp(), images))
+    images = change_contrast(images, 1 + uniform(n, settings.contrast, generator))
+    images = images + per_image(uniform(n, settings.brightness, generator), images)
+    images = torch.lerp(images, blur(images, settings.blur * share()), chosen("blur"))
+    factor = float(1 - (1 - settings.low_resolution) * share()[0])  # one for a batch, whose images are resized together
+    images = torch.lerp(images, lower_resolution(images, factor), chosen("low_resolution"))
+    noise = torch.randn(images.shape, generator=generator, device=generator.device)
+    strength = per_image(settings.noise * share(), images) * chosen("noise")
+    return (images + strength * noise).clamp(0, 1)

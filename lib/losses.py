@@ -35,6 +35,27 @@ def soft_dice_loss(prediction, target, pooled=False):
     return (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean()
 
 
+def segmentation_loss(logits, target, pooled=False, weight=None):
+    """Binary cross-entropy of every class plus soft Dice, half and half: the loss of the fair recipe.
+
+    Args:
+        logits: ``(batch, classes, *space)``.
+        target: as logits, in [0, 1], soft or not.
+        pooled: see ``soft_dice_loss``.
+        weight: ``(batch, 1, *space)`` of every pixel, not negative; None counts all alike.
+
+    Returns:
+        Scalar, 0 where all pixels that count are predicted as they are, with certainty.
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    probability = torch.sigmoid(logits)
+    if weight is None:
+        return (entropy.mean() + soft_dice_loss(probability, target, pooled)) / 2
+    mean = (entropy * weight).sum() / (weight.sum() * logits.shape[1]).clamp_min(1)
+    root = weight.sqrt()  # soft Dice sums products of two masks: each has half of the weight
+    return (mean + soft_dice_loss(root * probability, root * target, pooled)) / 2
+
+
 def gncc(first, second):
     """Global normalised cross-correlation per image, in [-1, 1], the fraction of eq. (2).
 

@@ -72,7 +72,9 @@ def test_every_scale_and_recipe_is_complete(monkeypatch, scale, recipe):
     monkeypatch.setenv("JOINT_SET", f"scale={scale}")
     settings = params.load(recipe)
     assert settings.segmentation.epochs and settings.registration.epochs and settings.joint.rounds
-    assert settings.joint.segmentation_learning_rate > 0 and settings.registration.learning_rate > 0
+    trained = settings.fair.training if recipe == "fair" else settings.segmentation
+    assert trained.learning_rate > 0 and settings.registration.learning_rate > 0
+    assert recipe == "fair" or settings.joint.segmentation_learning_rate > 0
     assert settings.midbrain.field_of_view % settings.midbrain.size == 0
 
 

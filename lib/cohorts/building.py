@@ -7,6 +7,9 @@ from lib.cohorts.splitting import check_split
 BUILDERS = {  # name in params.yaml to a function of the settings
     "midbrain": lambda settings: midbrain.build(settings.midbrain, settings.split_seed, anatomies.raw_folder()),
     "hippocampus": lambda settings: hippocampus.build(settings.hippocampus, settings.split_seed),
+    "hippocampus_centre": lambda settings: hippocampus.build(
+        settings.hippocampus_centre, settings.split_seed, "centre"
+    ),
     "acdc": lambda settings: acdc.build(settings.acdc),
     "synapse": lambda settings: synapse.build(settings.synapse),
 }

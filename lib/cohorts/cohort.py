@@ -46,12 +46,13 @@ class Cohort:
         """Indices of the training images in the order in which they are labelled as the rate grows.
 
         Labelled images come from distinct subjects first: every subject gives one slice before any gives a second.
+        Images without any structure come last: nobody would choose them to draw on.
         """
         rank, order = {}, []
         for index in np.random.default_rng([seed, 1]).permutation(self.index("train")):
             subject = self.subjects[index]
             rank[subject] = rank.get(subject, -1) + 1
-            order.append((rank[subject], len(order), index))
+            order.append((not self.labels[index].any(), rank[subject], len(order), index))
         return np.array([index for *_, index in sorted(order)])
 
     def count(self, rate):

@@ -60,26 +60,33 @@ def find_cases(folder):
     raise DataError(f"{folder} holds neither imagesTr/ and labelsTr/ nor images/ and labels/: is it the task's folder?")
 
 
-def sagittal_slices(image, mask, offsets):
-    """Slices of a RAS volume around the sagittal one of largest mask area.
+def sagittal_slices(image, mask, offsets, around="largest"):
+    """Sagittal slices of a RAS volume.
 
-    Offsets that lead past the structure stop at its last slice.
+    Args:
+        offsets: of the slices, from the one that ``around`` names.
+        around: ``largest``: the slice of largest mask area; offsets that lead past the structure stop at its end.
+            ``centre``: the middle slice, whatever the mask is.
 
     Returns:
         List of (image, mask) 2D arrays; rows run from superior to inferior, columns from posterior to anterior.
     """
-    area = (mask > 0).sum(axis=(1, 2))
-    marked = np.flatnonzero(area)
-    chosen = np.clip(area.argmax() + np.asarray(offsets), marked[0], marked[-1])
+    if around == "centre":
+        chosen = np.clip(len(image) // 2 + np.asarray(offsets), 0, len(image) - 1)
+    else:
+        area = (mask > 0).sum(axis=(1, 2))
+        marked = np.flatnonzero(area)
+        chosen = np.clip(area.argmax() + np.asarray(offsets), marked[0], marked[-1])
     return [(image[k].T[::-1], mask[k].T[::-1]) for k in dict.fromkeys(chosen)]
 
 
-def build(settings, seed):
+def build(settings, seed, around="largest"):
     """The cohort.
 
     Args:
-        settings: section ``hippocampus`` of params.yaml.
+        settings: section of the cohort in params.yaml.
         seed: of the split.
+        around: which slices, see ``sagittal_slices``.
 
     Raises:
         DataError: see reading.read_pair; also too few subjects, or an empty mask.
@@ -92,7 +99,7 @@ def build(settings, seed):
         image, mask, _ = read_pair(image_file, mask_file, LABELS)
         if not mask.any():
             raise DataError(f"{mask_file} is empty, so no slice can be chosen: leave the case out")
-        for image_slice, mask_slice in sagittal_slices(image, mask, settings.slice_offsets):
+        for image_slice, mask_slice in sagittal_slices(image, mask, settings.slice_offsets, around):
             images.append(on_canvas(min_max(image_slice), settings.size))
             labels.append(on_canvas(mask_slice, settings.size))
             subjects.append(name)
@@ -100,7 +107,7 @@ def build(settings, seed):
     binary = settings.classes == "binary"
     return Cohort(
         name="hippocampus",
-        title="hippocampus",
+        title="hippocampus" if around == "largest" else "hippocampus (slices by place)",
         images=np.stack(images),
         labels=np.minimum(labels, 1) if binary else labels,
         subjects=np.array(subjects),

@@ -80,34 +80,19 @@ class Experiment:
 
     def generate(self, networks, index, label, *names):
         """Pseudo-masks of the images ``index`` by ``networks`` from the labelled ones; ``names`` seed the draws."""
-        data = self.data
-        return pseudo_masks.generate(
-            networks,
-            data.images[index],
-            data.images[data.labelled],
-            data.masks[data.labelled],
-            self.settings.pseudo_masks,
-            data.symmetric,
-            self.numerics.generator(self.settings.seed, *names),
-            self.numerics,
-            label,
-            self.matches(index),
-        )
+        generator = self.numerics.generator(self.settings.seed, *names)
+        given = self._given(networks, index)
+        return pseudo_masks.generate(*given, generator, self.numerics, label, self.matches(index))
 
     def every_mask(self, networks, index, generator):
         """The 2N masks of the images ``index``, see pseudo_masks.every_mask. Their mean is the soft pseudo-mask."""
-        data = self.data
-        return pseudo_masks.every_mask(
-            networks,
-            data.images[index],
-            data.images[data.labelled],
-            data.masks[data.labelled],
-            self.settings.pseudo_masks,
-            data.symmetric,
-            generator,
-            self.numerics,
-            self.matches(index),
-        )
+        return pseudo_masks.every_mask(*self._given(networks, index), generator, self.numerics, self.matches(index))
+
+    def _given(self, networks, index):
+        """What pseudo-masks of the images ``index`` are made of."""
+        data, settings = self.data, self.settings.pseudo_masks
+        sources = data.images[data.labelled], data.masks[data.labelled]
+        return networks, data.images[index], *sources, settings, data.symmetric
 
     def matches(self, index):
         """Which labelled images may be registered to the images ``index``: None for all, else ``(n, k)`` positions."""

@@ -122,15 +122,14 @@ def train_registration(
 
 
 @torch.no_grad()
+def mean_dice(experiment, network, index):
+    """Mean DSC, a float, of a segmentation network on the images ``index``."""
+    return float(dice(segment(experiment, network, index), experiment.data.masks[index]).mean())
+
+
 def validation_dice(experiment, network):
-    """Mean DSC of the segmentation network on the validation images."""
-    network.eval()
-    data, masks = experiment.data, []
-    images = data.images[data.validation]
-    for batch in images.split(experiment.numerics.batch(images)):
-        with experiment.numerics.autocast():
-            masks.append(network.segment(batch))
-    return float(dice(torch.cat(masks), data.masks[data.validation]).mean())
+    """Mean DSC of a segmentation network on the validation images."""
+    return mean_dice(experiment, network, experiment.data.validation)
 
 
 def pretrain_segmentation(experiment):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from lib.runs import versions
 
+FAIR = "12_fair"  # the notebook in which recipe `fair` trains
+
 
 class Stage(NamedTuple):
     """Something that is trained (or, as classical registration, only run), and gives one mask or several.
@@ -23,9 +25,10 @@ class Stage(NamedTuple):
     notebook: str  # that trains it; of an untrained one the notebook that runs it
     after: tuple = ()  # stages that it goes on from; their costs are its own too
     rounds: bool = False  # trained in rounds; all are kept
+    peer: str = ""  # its module under lib.methods.peers, whose ``train`` trains it in recipe `fair`
     needs_unlabelled: bool = True  # it does not run if everything is labelled
     trained: bool = True
-    runs: Callable = lambda settings, recipe: True  # whether it runs, for the settings of the pipeline and a recipe
+    runs: Callable = lambda settings, recipe: True  # whether it runs, for the pipeline's settings and a recipe
     sections: tuple = ()  # of params.yaml, or parts of them, that only it and others that name them read
     varied_by: tuple = ()  # sections whose change makes a variant of it
     version: str = ""  # of its code, see runs.versions
@@ -33,17 +36,26 @@ class Stage(NamedTuple):
     watched: str = ""  # how Figure 2 calls the masks that it gives while it learns
 
 
-SEGMENTATION = Stage("segmentation", "pretraining", "02_pretrain_segmentation", needs_unlabelled=False)
+SEGMENTATION = Stage(
+    "segmentation", "pretraining", "02_pretrain_segmentation", peer="supervised", needs_unlabelled=False
+)
 REGISTRATION = Stage("registration", "pretraining", "03_pretrain_registration")
-MEAN_TEACHER = Stage("mean_teacher", "mean_teacher", "05_mean_teacher", watched="MT")
-JOINT = Stage("joint", "joint", "04_joint_training", after=("segmentation", "registration"), rounds=True)
+MEAN_TEACHER = Stage("mean_teacher", "mean_teacher", "05_mean_teacher", peer="consistency", watched="MT")
+JOINT = Stage(
+    "joint",
+    "joint",
+    "04_joint_training",
+    after=("segmentation", "registration"),
+    rounds=True,
+    runs=lambda settings, recipe: recipe != "fair",
+)
 JOINT_PLUS = Stage(
     "joint_plus",
     "joint_plus",
     "06_joint_plus",
     after=("segmentation", "registration"),
     rounds=True,
-    runs=lambda settings, recipe: recipe == settings.recipe,
+    runs=lambda settings, recipe: recipe == settings.recipe != "fair",
     sections=("joint_plus",),
     varied_by=("joint_plus", "coverage"),
     version=versions.JOINT_PLUS,
@@ -59,6 +71,26 @@ CCTR = Stage(
     version=versions.CCTR,
     variants_in_table1=True,
 )
+
+
+def peer(name, registered=False, needs_unlabelled=True):
+    """A stage of recipe `fair` alone: its module under methods.peers trains it and predicts.
+
+    Args:
+        registered: whether it needs the pre-trained registration.
+    """
+    after = (REGISTRATION.name,) if registered else ()
+    return Stage(
+        name,
+        f"peers.{name}",
+        FAIR,
+        after=after,
+        peer=name,
+        needs_unlabelled=needs_unlabelled,
+        runs=lambda settings, recipe: recipe == "fair",
+    )
+
+
 CLASSICAL = Stage("classical", "classical", "08_evaluation", trained=False)
 
 
@@ -127,6 +159,12 @@ METHODS = (
         "#2ca02c",
         "labelled images registered by SimpleITK (affine, then diffeomorphic Demons), no training",
     ),
+    Method("fs+elastic", peer("elastic", needs_unlabelled=False), "#404040", "the baseline with elastic augmentation"),
+    Method("bcp", peer("bcp"), "#17becf", "bidirectional copy-paste (Bai et al., CVPR 2023)"),
+    Method("unimatch", peer("unimatch"), "#bcbd22", "UniMatch (Yang et al., CVPR 2023)"),
+    Method("self-training", peer("self_training"), "#aec7e8", "self-training, noisy student (Xie et al., CVPR 2020)"),
+    Method("brainstorm", peer("brainstorm", True), "#98df8a", "pairs by registration alone (Zhao et al., CVPR 2019)"),
+    Method("joint+ (one stage)", peer("one_stage", True), "#e377c2", "copy-paste of images warped onto their target"),
 )
 BASELINE = METHODS[0]
 

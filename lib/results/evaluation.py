@@ -80,22 +80,26 @@ def module_of(stage):
     return import_module(f"lib.methods.{stage.module}")
 
 
-def trained_stages(experiment):
+def trained_stages(experiment, only=None):
     """Stages of the table that have been trained for an experiment, and are part of this run.
+
+    ``only`` is the name of a stage that is evaluated by itself.
 
     Of a variant these are the stages that may vary, and the baseline, since its labelled images may differ.
     """
     settings = experiment.settings
     for stage in table.stages():
         last = settings[stage.name].rounds if stage.rounds else None
+        if only and stage.name != only:
+            continue
         own = not settings.variant or stage.varied_by or stage == table.BASELINE.stage
         if own and stage.runs(settings, settings.recipe) and experiment.cabinet.file(stage.name, last).exists():
             yield stage
 
 
 @torch.no_grad()
-def predict(experiment, index):
-    """Masks of the images ``index`` by every method of one experiment that has been trained.
+def predict(experiment, index, only=None):
+    """Masks of the images ``index`` by every method of one experiment that has been trained, see ``trained_stages``.
 
     Test images choose nothing: every method is tested with the weights, and the round, that validation images chose.
 
@@ -103,16 +107,17 @@ def predict(experiment, index):
         Dictionary of method to experiment.Prediction.
     """
     found = {}
-    for stage in trained_stages(experiment):
+    for stage in trained_stages(experiment, only):
         found |= module_of(stage).predict(experiment, index)
     return found
 
 
-def evaluate(experiment):
+def evaluate(experiment, only=None):
     """Every method of one experiment on the test images, and on those of the unseen anatomy where there are any.
 
     Args:
         experiment: Experiment, all of whose stages have run.
+        only: see ``trained_stages``.
 
     Returns:
         Evaluation.
@@ -120,7 +125,7 @@ def evaluate(experiment):
     cohort, data = experiment.cohort, experiment.data
     frames, bins, kept = [], [], {}
     parts = {split: cohort.index(split) for split in ("test", "unseen") if len(cohort.index(split))}
-    predicted = predict(experiment, np.concatenate(list(parts.values())))
+    predicted = predict(experiment, np.concatenate(list(parts.values())), only)
     for split, index in parts.items():
         for method, (number, masks) in predicted.items():
             masks = masks[: len(index)] if split == "test" else masks[-len(index) :]
@@ -220,6 +225,8 @@ def save_watched(experiment, folder, count=5):
         if not stage.watched:
             continue
         watched = experiment.cabinet.load(stage.name)["watched"]
+        if not watched:
+            continue
         chosen = [watched[round(k)] for k in np.linspace(0, len(watched) - 1, min(count, len(watched)))]
         np.savez_compressed(
             folder / f"{stage.name}_{experiment.settings.recipe}.npz",

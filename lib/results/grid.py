@@ -31,10 +31,11 @@ class Item(NamedTuple):
     rate: float
     seed: int
     variant: str = ""
+    stage: str = ""  # of recipe `fair`, whose stages are items by themselves
 
     @property
     def name(self):
-        parts = self.recipe, f"{self.rate:g}", f"seed_{self.seed}", self.variant.replace(" ", "_")
+        parts = self.recipe, self.stage, f"{self.rate:g}", f"seed_{self.seed}", self.variant.replace(" ", "_")
         return "-".join(filter(None, parts))
 
 
@@ -46,7 +47,10 @@ def groups_of(settings):
     """
     rates, seeds = settings.grid.rates or [settings.rate], settings.grid.seeds or [settings.seed]
     groups = []
-    for recipe, seed in itertools.product(reversed(params.recipes(settings)), seeds):
+    for recipe, seed in itertools.product(settings.grid.recipes or reversed(params.recipes(settings)), seeds):
+        if recipe == "fair":
+            groups.append([Item(recipe, rate, seed, "", stage) for rate in rates for stage in settings.grid.stages])
+            continue
         items = [Item(recipe, rate, seed) for rate in rates if (rate, seed) != (settings.rate, settings.seed)]
         if recipe == settings.recipe:
             items += [Item(recipe, rates[0], seed, variant) for variant in settings.grid.variants]
@@ -60,6 +64,9 @@ def stages_of(item, settings):
 
     A variant begins with the pre-training that it shares with the others; if that is done, it is only loaded.
     """
+    if item.stage:
+        (stage,) = (stage for stage in table.stages() if stage.name == item.stage)
+        return [*[table.REGISTRATION] * (table.REGISTRATION.name in stage.after), stage]
     changed = ()
     if item.variant:
         own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
@@ -69,7 +76,9 @@ def stages_of(item, settings):
 
 def notebooks_of(item, settings):
     """The notebooks that make an item, in order."""
-    return [*(stage.notebook for stage in stages_of(item, settings)), EVALUATION]
+    fair = item.recipe == "fair"
+    trained = [table.FAIR if fair and stage.peer else stage.notebook for stage in stages_of(item, settings)]
+    return [*trained, EVALUATION]
 
 
 def folder_of(item, settings):
@@ -84,10 +93,14 @@ def key_of(item, settings):
     ``auto`` gives on it: results from one machine are valid on another.
     """
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
+    if item.stage:
+        return fair_key(item, own)
     ran = stages_of(item, settings)
     sections = {section for stage in table.stages() for section in stage.sections}
     read = {section for stage in ran for section in stage.sections}
-    others = {"grid", "baseline", "device", "varied", *(sections - read), *params.CHOICES["cohort"]} - {settings.cohort}
+    others = {"grid", "baseline", "device", "varied", "fair", *(sections - read), *params.CHOICES["cohort"]} - {
+        settings.cohort
+    }
     relevant = {key: value for key, value in own.items() if key not in others}
     relevant[settings.cohort] = {key: value for key, value in own[settings.cohort].items() if key != "folder"}
     for whole, part in (section.split(".") for section in read if "." in section):
@@ -105,6 +118,24 @@ def key_of(item, settings):
         *first,
         *of_volumes,
         *sorted(named.values()),
+    )
+
+
+def fair_key(item, own):
+    """``key_of`` an item of recipe `fair`, which is of one stage: nothing that others read is in it."""
+    read = ["recipe", "rate", "seed", "split_seed", "scale", "precision"]
+    parts = ["training", "augmentation", item.stage]
+    relevant = {name: own[name] for name in read}
+    relevant[own.cohort] = {name: value for name, value in own[own.cohort].items() if name != "folder"}
+    registered = table.REGISTRATION in stages_of(item, own)
+    if registered:
+        relevant |= {"registration": own.registration, "refinement": own.joint_plus.refinement}
+        parts.append("pairs")
+    relevant["fair"] = {part: own.fair[part] for part in parts if part in own.fair}
+    relevant["normalisation"] = own.segmentation.normalisation
+    of_volumes = [versions.VOLUMES, versions.VOLUME_EVALUATION] if own.cohort in params.VOLUME_COHORTS else []
+    return versions.fingerprint(
+        relevant, split_of(own), versions.FAIR, versions.EVALUATION, registered and versions.NUMERICS, *of_volumes
     )
 
 
@@ -154,8 +185,10 @@ def run(item, settings, threads):
         values = dict(chosen)
         if item.variant:
             values["variant"] = item.variant
+        if item.stage and notebook in (table.FAIR, EVALUATION):
+            values["stage"] = item.stage
         if notebook == EVALUATION:  # untrained methods, which have no recipe, run beside one of them
-            untrained = item.recipe == settings.baseline and item.rate < 100 and not item.variant
+            untrained = item.recipe == settings.baseline and item.rate < 100 and not item.variant and not item.stage
             values |= {"destination": str(folder), "untrained": untrained}
         executed = params.work_folder("notebooks", "grid", settings.cohort, item.name, f"{notebook}.ipynb")
         pairs = [part for name, value in values.items() for part in ("-p", name, json.dumps(value))]

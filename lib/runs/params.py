@@ -8,12 +8,12 @@ from pathlib import Path
 from ruamel.yaml import YAML, YAMLError
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ("paper", "strong")
+RECIPES = ("paper", "strong", "fair")
 VOLUME_COHORTS = ("acdc", "synapse")  # their images are slices of volumes, see cohorts.volumes
 CHOICES = {
-    "cohort": ("midbrain", "hippocampus", *VOLUME_COHORTS, "folder"),
+    "cohort": ("midbrain", "hippocampus", "hippocampus_centre", *VOLUME_COHORTS, "folder"),
     "recipe": RECIPES,
-    "baseline": RECIPES,
+    "baseline": RECIPES[:2],
     "scale": ("smoke", "cpu", "paper"),
     "precision": ("auto", "bfloat16", "float32"),
 }

@@ -11,6 +11,7 @@ NUMERICS = "d7fa566ff1753849"  # networks, losses, warping, augmentation, pseudo
 MEAN_TEACHER = "4fd182be9f838728"
 JOINT_PLUS = "refinement"
 CCTR = "aligned volumes"
+FAIR = "first"  # the methods of recipe `fair`
 VOLUMES = "labels by share"  # what differs where images are slices of volumes
 EVALUATION = "first"  # scores, and the random draws of the masks that are tested
 VOLUME_EVALUATION = "confidence of marked pixels"  # the same of volumes

@@ -18,7 +18,7 @@ from lib.methods.cctr.contrast import Bank, describe, pixel_contrast, pixels
 from lib.methods.cctr.learners import Learner, SwinUNet
 from lib.methods.experiment import Prediction
 from lib.methods.mean_teacher import ramp_up
-from lib.methods.pretraining import save_network, segment, validation_dice
+from lib.methods.pretraining import mean_dice, save_network, segment, validation_dice
 from lib.metrics import dice, to_labels
 from lib.models import ResidualUNet
 from lib.runs.params import Section
@@ -173,7 +173,7 @@ def train_cctr(experiment, correspondence):
         with numerics.autocast():
             masks = [learner.segment(data.images[data.example]) for learner in learners]
         return {
-            "dsc": torch.stack([slice_dice(experiment, learner, index) for learner in learners]).cpu(),
+            "dsc": torch.tensor([mean_dice(experiment, learner, index) for learner in learners]),
             "masks": torch.cat(masks).cpu(),
         }
 
@@ -224,15 +224,6 @@ def course(experiment, correspondence, found):
         for step, seen in found.watched
     ]
     return pd.DataFrame(rows)
-
-
-def slice_dice(experiment, network, index):
-    """Mean DSC over classes of a network's masks of the images ``index``."""
-    data, found = experiment.data, []
-    for part in index.split(experiment.numerics.batch(data.images)):
-        with experiment.numerics.autocast():
-            found.append(dice(network.segment(data.images[part]), data.masks[part]))
-    return torch.cat(found).mean()
 
 
 def predict(experiment, index):

@@ -1,0 +1,70 @@
+"""BCP, bidirectional copy-paste (Bai et al., CVPR 2023): labelled and unlabelled images pasted into one another.
+
+A box of a labelled image goes into an unlabelled one, and the other way round. Masks go with them: true ones, and those
+of the averaged network, of which the largest component of every class is kept. For a first part of the steps labelled
+images are pasted into one another.
+"""
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from lib.methods.peers.learning import prediction, teach
+
+
+def box(n, space, share, generator):
+    """Random boxes ``(n, 1, *space)``: 1 inside, with sides that are ``share`` of the image's, and 0 outside."""
+    inside = torch.ones((n, 1, *space), device=generator.device)
+    for axis, side in enumerate(space):
+        length = max(1, round(share * side))
+        first = torch.randint(side - length + 1, (n, 1), generator=generator, device=generator.device)
+        at = torch.arange(side, device=generator.device)
+        here = (at >= first) & (at < first + length)
+        inside = inside * here.reshape(n, 1, *(side if k == axis else 1 for k in range(len(space))))
+    return inside
+
+
+def paste(first, second, inside):
+    """``first`` where ``inside`` is 1 and ``second`` where it is 0; images and masks alike."""
+    return inside * first + (1 - inside) * second
+
+
+def largest_components(masks):
+    """The largest connected component of every binary mask ``(n, classes, *space)``."""
+    kept = np.zeros(masks.shape, np.float32)
+    marked = masks.cpu().numpy() > 0.5
+    for at in np.ndindex(*marked.shape[:2]):
+        parts, count = ndimage.label(marked[at])
+        if count:
+            kept[at] = parts == np.bincount(parts.ravel())[1:].argmax() + 1
+    return torch.as_tensor(kept, device=masks.device)
+
+
+def batch_loss(lesson, generator, step):
+    """See learning.learn."""
+    options, batch = lesson.options.bcp, lesson.training.batch
+    space = lesson.labelled.shape[2:]
+    if step < options.pretraining * lesson.training.steps:
+        (first, first_masks), (second, second_masks) = (lesson.known(batch, generator) for _ in range(2))
+        inside = box(batch, space, options.share, generator)
+        target = paste(first_masks, second_masks, inside)
+        return {"loss": lesson.loss(lesson.student(paste(first, second, inside)), target)}
+    half = batch // 2
+    known, masks = lesson.known(half, generator)
+    free = lesson.light(lesson.free(half, generator), generator)
+    guessed = largest_components(lesson.teacher(free))
+    inside = box(half, space, options.share, generator)
+    images = torch.cat((paste(known, free, inside), paste(free, known, inside)))
+    target = torch.cat((paste(masks, guessed, inside), paste(guessed, masks, inside)))
+    true = torch.cat((inside, 1 - inside))  # where the mask was drawn by hand
+    return {"loss": lesson.loss(lesson.student(images), target, true + options.unlabelled * (1 - true))}
+
+
+def train(experiment):
+    """(ResidualUNet, Fit)."""
+    return teach(experiment, "bcp", batch_loss)
+
+
+def predict(experiment, index):
+    """See methods.table."""
+    return prediction(experiment, index, "bcp", "bcp")

@@ -1,0 +1,129 @@
+"""How every method of the fair recipe is trained: as many images seen, one augmentation, one loss, averaged weights.
+
+A method says what its batches hold and what loss they give. No validation image is looked at: what is tested is the
+average of the weights after the last step.
+"""
+
+import torch
+
+from lib.augment import light, place
+from lib.losses import segmentation_loss
+from lib.methods.experiment import Prediction
+from lib.methods.mean_teacher import MeanTeacher
+from lib.methods.pretraining import save_network, segment
+from lib.runs.versions import FAIR, fingerprint
+from lib.training import draw_indices, fit, sums_of, weights_digest
+
+
+class Lesson:
+    """What a method makes its batches of, and the networks that it may ask.
+
+    Args:
+        experiment: Experiment.
+        networks: MeanTeacher on the device.
+    """
+
+    def __init__(self, experiment, networks):
+        self.experiment, self.data, self.numerics = experiment, experiment.data, experiment.numerics
+        self.options = experiment.settings.fair
+        self.training = self.options.training
+        self.networks = networks
+        self.labelled, self.masks = self.data.images[self.data.labelled], self.data.masks[self.data.labelled]
+        self.unlabelled = self.data.images[self.data.unlabelled]
+
+    def move(self, images, masks, generator, bend=True):
+        """Images and masks, moved alike: see augment.place."""
+        return place(images, masks, generator, self.options.augmentation, self.data.symmetric, bend)
+
+    def light(self, images, generator):
+        """Images with other intensities: see augment.light."""
+        return light(images, generator, self.options.augmentation)
+
+    def known(self, count, generator, bend=True):
+        """``count`` labelled images and their masks, augmented."""
+        index = draw_indices(len(self.labelled), count, generator)
+        images, masks = self.move(self.labelled[index], self.masks[index], generator, bend)
+        return self.light(images, generator), masks
+
+    def free(self, count, generator):
+        """``count`` unlabelled images, moved but not lit anew."""
+        images = self.unlabelled[draw_indices(len(self.unlabelled), count, generator)]
+        return self.move(images, images[:, :0], generator)[0]
+
+    def student(self, images):
+        """Logits of the network that is trained."""
+        with self.numerics.autocast():
+            return self.networks.student(images)
+
+    @torch.no_grad()
+    def teacher(self, images):
+        """Probabilities by the averaged weights; no gradient reaches them."""
+        with self.numerics.autocast():
+            return self.networks.teacher.segment(images)
+
+    def loss(self, logits, target, weight=None):
+        """losses.segmentation_loss, pooled where images are slices of volumes."""
+        return segmentation_loss(logits, target, self.experiment.pooled, weight)
+
+
+def learn(experiment, stage, batch_loss, depends=(), begin=None, part=1.0):
+    """Train a network by the rules of the fair recipe.
+
+    Args:
+        stage: name of the method's stage; seeds the draws.
+        batch_loss: function of Lesson, generator and step that gives named losses, ``loss`` first.
+        depends: what else the batches are made of, tensors (or None) and plain values.
+        begin: weights to begin with; None for those of the seed.
+        part: of the steps.
+
+    Returns:
+        (ResidualUNet with the averaged weights, Fit).
+    """
+    settings, numerics = experiment.settings, experiment.numerics
+    options = settings.fair.training
+    network = experiment.segmentation_network()
+    if begin is not None:
+        network.load_state_dict(begin)
+    networks = numerics.place(MeanTeacher(network, options.decay))
+    lesson = Lesson(experiment, networks)
+    steps = round(part * options.steps)
+    tensors = [one for one in depends if torch.is_tensor(one)]
+    key = fingerprint(
+        experiment.origin,
+        FAIR,
+        stage,
+        options,
+        settings.fair.augmentation,
+        settings.fair.get(stage),
+        steps,
+        weights_digest(networks),
+        sums_of(lesson.labelled, lesson.masks, lesson.unlabelled, *tensors),
+        [one for one in depends if not torch.is_tensor(one)],
+    )
+    found = fit(
+        networks,
+        lambda generator, step: batch_loss(lesson, generator, step),
+        steps=steps,
+        peak=options.learning_rate,
+        schedule="one_cycle",
+        weight_decay=options.weight_decay,
+        generator=numerics.generator(settings.seed, "fair", stage),
+        label=stage,
+        checkpoint=experiment.cabinet.checkpoint(key),
+        after_step=networks.update,
+    )
+    return networks.teacher, found
+
+
+def teach(experiment, stage, batch_loss, depends=()):
+    """``learn``, and save the network: (ResidualUNet, Fit)."""
+    network, found = learn(experiment, stage, batch_loss, depends)
+    save_network(experiment, stage, network, found)
+    return network, found
+
+
+def prediction(experiment, index, stage, method):
+    """Masks of one method of the fair recipe, as methods.table has them."""
+    network = experiment.segmentation_network()
+    network.load_state_dict(experiment.cabinet.load(stage)["network"])
+    return {method: Prediction(0, segment(experiment, network, index))}

@@ -1,0 +1,39 @@
+"""joint+ in one stage: copy-paste in which what is pasted has been warped onto the anatomy that it is pasted into.
+
+Registration brings exact masks under real anatomical variation, copy-paste the unlabelled images as background, the
+averaged network what it has learnt from both. A box of a labelled image, warped onto an unlabelled one, goes into that
+image, and the other way round, so that the organ lands where it belongs. Of the warped image the mask is exact. Of the
+unlabelled one the target is the mean of the averaged network's mask and the warped one, P1's soft pseudo-mask in one
+stage, and a pixel counts by their agreement.
+"""
+
+import torch
+
+from lib.methods.peers.bcp import box, paste
+from lib.methods.peers.learning import prediction, teach
+from lib.methods.peers.pairs import draw_pairs, register_pairs
+
+
+def train(experiment):
+    """(ResidualUNet, Fit)."""
+    fields, options = register_pairs(experiment), experiment.settings.fair.one_stage
+
+    def batch_loss(lesson, generator, step):
+        count = (lesson.training.batch - options.labelled) // 2
+        known, masks = lesson.known(lesson.training.batch - 2 * count, generator)
+        free, warped, exact = draw_pairs(lesson, fields, count, generator)
+        said = lesson.teacher(free)
+        soft, agreement = (said + exact) / 2, 1 - (said - exact).abs().amax(dim=1, keepdim=True)
+        inside = box(count, free.shape[2:], options.share, generator)
+        images = torch.cat((known, paste(warped, free, inside), paste(free, warped, inside)))
+        target = torch.cat((masks, paste(exact, soft, inside), paste(soft, exact, inside)))
+        ones = torch.ones_like(inside)
+        weight = torch.cat((torch.ones_like(known), paste(ones, agreement, inside), paste(agreement, ones, inside)))
+        return {"loss": lesson.loss(lesson.student(images), target, weight)}
+
+    return teach(experiment, "one_stage", batch_loss, depends=fields)
+
+
+def predict(experiment, index):
+    """See methods.table."""
+    return prediction(experiment, index, "one_stage", "joint+ (one stage)")

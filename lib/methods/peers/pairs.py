@@ -1,0 +1,67 @@
+"""Labelled images registered to unlabelled ones, once: what brainstorm and joint+ train on."""
+
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from lib.losses import gncc
+from lib.methods.experiment import load_pretrained_registration
+from lib.refinement import Refined
+from lib.training import draw_indices
+from lib.warping import warp
+
+
+class Fields(NamedTuple):
+    """For every unlabelled image the labelled images that fit it best, each with the field that warps it there."""
+
+    sources: torch.Tensor  # (n, k) positions among the labelled images, the most similar first
+    fields: torch.Tensor  # (n, k, 2, height, width)
+
+    def draw(self, count, generator):
+        """``count`` unlabelled images, each with one of its sources: positions, sources and fields."""
+        index = draw_indices(len(self.sources), count, generator)
+        which = torch.randint(self.sources.shape[1], (count,), generator=generator, device=index.device)
+        return index, self.sources[index, which], self.fields[index, which]
+
+
+@torch.no_grad()
+def register_pairs(experiment):
+    """Register labelled images to all unlabelled ones, and refine every field for its pair.
+
+    For every unlabelled image ``fair.pairs.candidates`` labelled ones are tried. The ``kept`` most similar ones after
+    registration (GNCC) stay. No mask is looked at.
+
+    Returns:
+        Fields.
+    """
+    data, numerics, options = experiment.data, experiment.numerics, experiment.settings.fair.pairs
+    network = Refined(load_pretrained_registration(experiment), experiment.settings.joint_plus.refinement).eval()
+    generator = numerics.generator(experiment.settings.seed, "fair", "pairs")
+    count = min(options.candidates, len(data.labelled))
+    tried = experiment.draw_sources(data.unlabelled, count, generator)
+    size, sources, fields = numerics.batch(data.images), [], []
+    for targets, chosen in tqdm(list(zip(data.unlabelled.split(size), tried.split(size))), desc="pairs", unit="batch"):
+        target, found, similar = data.images[targets], [], []
+        for candidate in chosen.T:
+            source = data.images[data.labelled[candidate]]
+            with numerics.autocast():
+                field = network.register(source, target)
+            found.append(field)
+            similar.append(gncc(warp(source, field), target))
+        best = torch.stack(similar, 1).argsort(1, descending=True)[:, : options.kept]
+        sources.append(chosen.gather(1, best))
+        fields.append(torch.stack(found, 1)[torch.arange(len(best), device=best.device)[:, None], best])
+    return Fields(torch.cat(sources), torch.cat(fields))
+
+
+def draw_pairs(lesson, fields, count, generator):
+    """``count`` unlabelled images and labelled ones warped onto them, moved alike and each lit anew.
+
+    Returns:
+        (unlabelled images, warped images, warped masks).
+    """
+    index, sources, chosen = fields.draw(count, generator)
+    warped = warp(torch.cat((lesson.labelled[sources], lesson.masks[sources]), 1), chosen)
+    images, masks = lesson.move(torch.cat((lesson.unlabelled[index], warped[:, :1]), 1), warped[:, 1:], generator)
+    return lesson.light(images[:, :1], generator), lesson.light(images[:, 1:], generator), masks

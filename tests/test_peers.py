@@ -1,0 +1,206 @@
+"""The methods of recipe `fair`: copy-paste, pairs, who teaches whom; one augmentation and one loss for all."""
+
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_training import made_up_cohort
+
+from lib import augment, losses
+from lib.methods import table
+from lib.methods.experiment import Experiment
+from lib.methods.mean_teacher import MeanTeacher
+from lib.methods.peers import bcp, consistency, pairs, unimatch
+from lib.methods.peers.learning import Lesson
+from lib.methods.pretraining import pretrain_registration
+from lib.results import evaluation, grid
+from lib.runs import params
+
+PEERS = {stage.name: stage.peer for stage in table.stages() if stage.peer}
+
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def trial(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    settings = params.load("fair")
+    settings |= {"device": "cpu", "precision": "float32"}
+    made_up_cohort().save(params.cohort_file(settings))
+    return Experiment(settings)
+
+
+@pytest.fixture
+def lesson(trial):
+    return Lesson(trial, trial.numerics.place(MeanTeacher(trial.segmentation_network(), 0.99)))
+
+
+def test_pasting_an_image_into_itself_changes_nothing_and_a_box_covers_its_share():
+    images = torch.rand(6, 1, 20, 30, generator=draws())
+    inside = bcp.box(6, (20, 30), 0.5, draws())
+    assert torch.equal(bcp.paste(images, images, inside), images)
+    assert set(inside.unique().tolist()) == {0.0, 1.0}
+    assert (
+        inside.sum(dim=(1, 2, 3)).tolist() == [10 * 15] * 6
+        and len({tuple(one.flatten().tolist()) for one in inside}) > 1
+    )
+    assert bcp.box(2, (4, 5, 6), 1.0, draws()).all()
+
+
+def test_labels_follow_their_pixels_when_images_are_pasted():
+    first, second = torch.full((3, 1, 16, 16), 0.25), torch.full((3, 1, 16, 16), 0.75)
+    inside = bcp.box(3, (16, 16), 0.6, draws())
+    image, mask = bcp.paste(first, second, inside), bcp.paste(torch.ones_like(first), torch.zeros_like(first), inside)
+    assert torch.equal(mask == 1, image == 0.25)
+
+
+def test_of_every_mask_the_largest_component_is_kept():
+    masks = torch.zeros(2, 2, 12, 12)
+    masks[0, 0, 1:3, 1:3] = masks[0, 0, 5:10, 5:10] = masks[1, 1, 2, 2] = 1
+    kept = bcp.largest_components(masks)
+    assert kept[0, 0].sum() == 25 and kept[0, 0, 5:10, 5:10].all() and torch.equal(kept[1], masks[1])
+    assert not kept[0, 1].any()
+
+
+@pytest.mark.parametrize("module", [bcp, unimatch, consistency])
+def test_no_gradient_reaches_the_averaged_network_and_one_reaches_the_student(lesson, module):
+    losses_ = module.batch_loss(lesson, draws(), lesson.training.steps - 1)
+    losses_["loss"].backward()
+    assert all(value.grad is None for value in lesson.networks.teacher.parameters())
+    assert any(value.grad is not None and value.grad.abs().sum() > 0 for value in lesson.networks.student.parameters())
+
+
+def test_pixels_of_which_the_weak_view_is_not_certain_do_not_count(lesson):
+    lesson.options.unimatch |= {"threshold": 1.01}
+    found = unimatch.batch_loss(lesson, draws(), 0)
+    no_pixel = losses.segmentation_loss(torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4), weight=torch.zeros(1, 1, 4, 4))
+    assert float(found["strong"]) == float(found["dropping"]) == pytest.approx(float(no_pixel), abs=1e-6)
+    lesson.options.unimatch |= {"threshold": 0.5}
+    assert float(unimatch.batch_loss(lesson, draws(), 0)["strong"]) > 0.1
+
+
+def test_the_loss_is_zero_where_all_is_right_and_looks_only_where_pixels_count():
+    target = torch.zeros(2, 1, 8, 8)
+    target[:, :, 2:6, 2:6] = 1
+    right = 40 * (2 * target - 1)
+    assert float(losses.segmentation_loss(right, target)) < 1e-4
+    half = torch.ones(2, 1, 8, 8)
+    half[..., 4:] = 0
+    wrong = torch.where(half > 0, right, -right)
+    assert float(losses.segmentation_loss(wrong, target, weight=half)) < 1e-4
+    assert float(losses.segmentation_loss(wrong, target)) > 1
+    logits = torch.randn(2, 1, 8, 8, generator=draws())
+    alike = losses.segmentation_loss(logits, target, weight=torch.ones(2, 1, 8, 8))
+    assert float(alike) == pytest.approx(float(losses.segmentation_loss(logits, target)), rel=1e-5)
+
+
+SETTINGS = params.load("fair").fair.augmentation
+
+
+def test_image_and_mask_move_alike_and_light_moves_nothing():
+    image = torch.zeros(8, 1, 48, 48)
+    image[:, :, 16:32, 20:28] = 1
+    moved, mask = augment.place(image, image.clone(), draws(), SETTINGS, True)
+    assert torch.allclose(moved, mask, atol=1e-5) and not torch.allclose(moved, image, atol=0.5)
+    straight, _ = augment.place(image, image, draws(), SETTINGS, True, bend=False)
+    assert not torch.allclose(moved, straight, atol=0.1)
+    lit = augment.light(image, draws(), SETTINGS)
+    inside = lit[:, :, 18:30, 22:26].mean(dim=(1, 2, 3))
+    assert (inside > lit[:, :, :10].mean(dim=(1, 2, 3)) + 0.3).all() and lit.min() >= 0 and lit.max() <= 1
+
+
+def test_blur_and_low_resolution_leave_what_is_smooth_and_flatten_what_is_fine():
+    flat, fine = torch.full((2, 1, 16, 16), 0.4), torch.rand(2, 1, 16, 16, generator=draws())
+    sigma = torch.tensor([0.0, 1.0])
+    assert torch.allclose(augment.blur(flat, sigma), flat, atol=1e-6)
+    blurred = augment.blur(fine, sigma)
+    assert torch.allclose(blurred[0], fine[0], atol=1e-5) and blurred[1].std() < 0.5 * fine[1].std()
+    assert torch.allclose(augment.lower_resolution(fine, 1.0), fine, atol=1e-6)
+    assert augment.lower_resolution(fine, 0.5).std() < 0.8 * fine.std()
+    assert not augment.elastic(3, (16, 16), draws(), 5, 0.0).any()
+    assert augment.elastic(200, (16, 16), draws(), 5, 2.0).std() == pytest.approx(2 * 0.7, rel=0.25)
+
+
+def test_the_most_similar_labelled_images_are_kept_and_a_pair_is_of_its_own_images(trial, monkeypatch):
+    """The registration moves nothing, so that the best source is the one that looks most like the target as it is."""
+    data = trial.data
+    still = SimpleNamespace(eval=lambda: still, register=lambda source, target: torch.zeros(len(source), 2, 32, 32))
+    monkeypatch.setattr(pairs, "load_pretrained_registration", lambda experiment: None)
+    monkeypatch.setattr(pairs, "Refined", lambda network, options: still)
+    trial.settings.fair.pairs |= {"candidates": 5, "kept": 2}
+    found = pairs.register_pairs(trial)
+    similar = torch.stack(
+        [
+            losses.gncc(
+                data.images[data.labelled[[k]]].expand(len(data.unlabelled), -1, -1, -1), data.images[data.unlabelled]
+            )
+            for k in range(5)
+        ],
+        dim=1,
+    )
+    assert torch.equal(found.sources, similar.argsort(1, descending=True)[:, :2])
+    index, sources, fields = found.draw(7, draws())
+    assert all(source in found.sources[at] for at, source in zip(index, sources)) and not fields.any()
+
+
+@pytest.mark.parametrize("stage", PEERS)
+def test_every_method_trains_sees_its_budget_and_predicts(trial, stage):
+    trial.settings.fair.training |= {"steps": 6, "batch": 8}
+    trial.settings.registration |= {"epochs": 1}
+    seen = []
+    network = trial.segmentation_network
+    (made := []).clear()
+    trial.segmentation_network = lambda: made.append(network()) or made[-1]
+    if stage in ("brainstorm", "one_stage"):
+        pretrain_registration(trial)
+    first = len(made)
+    hooked = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: (
+            seen.append(len(given[0])) if made[first:] and module is made[-1] and module.training else None
+        )
+    )
+    try:
+        _, fit = import_module(f"lib.methods.peers.{PEERS[stage]}").train(trial)
+    finally:
+        hooked.remove()
+    steps = 3 if stage == "self_training" else 6  # the teacher has had the other half
+    assert len(fit.history) == steps
+    extra = 4 if stage == "unimatch" else 0  # the second strong view of the same images
+    assert seen == [8 + extra] * 6  # of self-training both halves
+    del trial.segmentation_network
+    index = trial.cohort.index("test")
+    found = evaluation.predict(trial, index, only=stage)
+    assert all(mask.masks.shape == (len(index), 1, 32, 32) for mask in found.values()) and len(found) == 1
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    return params.load()
+
+
+def test_every_stage_of_the_recipe_is_an_item_and_reads_its_own_settings_alone(settings):
+    settings.grid |= {"recipes": ["fair"], "rates": [1, 10], "seeds": [1, 2], "stages": ["bcp", "brainstorm"]}
+    groups = grid.groups_of(settings)
+    assert [[item.name for item in group] for group in groups] == [
+        [f"fair-{stage}-{rate}-seed_{seed}" for rate in (1, 10) for stage in ("bcp", "brainstorm")] for seed in (1, 2)
+    ]
+    pasted, warped = groups[0][:2]
+    assert grid.notebooks_of(pasted, settings) == ["12_fair", "08_evaluation"]
+    assert grid.notebooks_of(warped, settings) == ["03_pretrain_registration", "12_fair", "08_evaluation"]
+    plain = grid.Item("strong", 10, 1)
+    keys = lambda: [grid.key_of(item, params.load()) for item in (pasted, warped, plain)]
+    before = keys()
+    for change, changed in (
+        ("fair.bcp.share=0.5", [0]),
+        ("fair.pairs.kept=1", [1]),
+        ("scales.smoke.fair.training.steps=7", [0, 1]),
+        ("registration.batch=7", [1, 2]),
+        ("joint_plus.pairs=false", [2]),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("JOINT_SET", f"scale=smoke,{change}")
+            assert [k for k, (old, new) in enumerate(zip(before, keys())) if old != new] == changed, change
