@@ -3,10 +3,11 @@ NEWEST = for v in 13 12 11; do python3.$$v -c 'import ensurepip, venv' 2>/dev/nu
 PYTHON ?= $(shell $(NEWEST))
 ACTIVATE = . .venv/bin/activate
 
-.PHONY: help repro demonstration test check segment lab bench
+.PHONY: help repro contest demonstration test check segment lab bench
 
 help:
 	@echo 'make repro          regenerate the default results (about 10 minutes on two cores)'
+	@echo 'make contest        every method by the same rules (six minutes a method and draw; finished ones are kept)'
 	@echo 'make test           run all tests (about 6 minutes)'
 	@echo 'make check          formatting, lint, and that imports go one way'
 	@echo 'make segment IMAGES=dir MASKS=dir OUT=dir [SET="key=value ..."]     masks for a folder of scans'
@@ -26,6 +27,9 @@ help:
 
 repro: .venv/ready
 	$(ACTIVATE) && dvc repro && python -m lib.results.costs
+
+contest: .venv/ready
+	$(ACTIVATE) && dvc repro contest/dvc.yaml
 
 demonstration: .venv/ready
 	$(ACTIVATE) && dvc repro demonstration/dvc.yaml:own_data

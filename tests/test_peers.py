@@ -183,8 +183,8 @@ def settings(tmp_path, monkeypatch):
 
 
 def test_every_stage_of_the_recipe_is_an_item_and_reads_its_own_settings_alone(settings):
-    settings.grid |= {"recipes": ["fair"], "rates": [1, 10], "seeds": [1, 2], "stages": ["bcp", "brainstorm"]}
-    groups = grid.groups_of(settings)
+    settings.contest |= {"seeds": [1, 2], "stages": {"1": ["bcp", "brainstorm"], "10": ["bcp", "brainstorm"]}}
+    groups = grid.contest_of(settings)
     assert [[item.name for item in group] for group in groups] == [
         [f"fair-{stage}-{rate}-seed_{seed}" for rate in (1, 10) for stage in ("bcp", "brainstorm")] for seed in (1, 2)
     ]

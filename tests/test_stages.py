@@ -13,7 +13,7 @@ from lib.runs.params import ROOT
 def stages():
     """Stages of both pipelines: dictionary of name to its command and the texts in work/source that it depends on."""
     found = {}
-    for file in ("dvc.yaml", "demonstration/dvc.yaml"):
+    for file in ("dvc.yaml", "demonstration/dvc.yaml", "contest/dvc.yaml"):
         for name, stage in YAML(typ="safe").load((ROOT / file).read_text())["stages"].items():
             texts = [
                 dep.removeprefix("work/source/") for dep in stage.get("deps", []) if dep.startswith("work/source/")
@@ -45,22 +45,24 @@ def stale(before, after):
 
 
 TRAINING = {"segmentation", "registration", "joint", "mean_teacher", "joint_plus", "cctr"}
-TRAINED = {*TRAINING, "evaluation", "grid", "figure2", "own_data", "capacity"}
+EVALUATED = {"evaluation", "grid", "own_data", "capacity", "contest_items"}
+TRAINED = {*TRAINING, *EVALUATED, "figure2"}
 
 
 @pytest.mark.parametrize(
     "module, reached",
     [
-        ("losses.py", {"cohort", *TRAINED, "bench"}),
+        ("losses.py", {"cohort", "contest_cohort", *TRAINED, "bench"}),
         (
             "methods/mean_teacher.py",
-            {"mean_teacher", "joint_plus", "cctr", "evaluation", "grid", "own_data", "capacity"},
+            {"mean_teacher", "joint_plus", "cctr", *EVALUATED},
         ),
-        ("methods/joint_plus.py", {"joint_plus", "evaluation", "grid", "own_data", "capacity"}),
-        ("methods/cctr/contrast.py", {"cctr", "evaluation", "grid", "own_data", "capacity"}),
-        ("methods/classical.py", {"evaluation", "grid", "own_data", "capacity"}),
-        ("cohorts/hippocampus.py", {"cohort"}),
-        ("results/tables.py", {"table1"}),
+        ("methods/joint_plus.py", {"joint_plus", *EVALUATED}),
+        ("methods/cctr/contrast.py", {"cctr", *EVALUATED}),
+        ("methods/classical.py", EVALUATED),
+        ("methods/peers/bcp.py", EVALUATED),
+        ("cohorts/hippocampus.py", {"cohort", "contest_cohort"}),
+        ("results/tables.py", {"table1", "contest_table"}),
         ("results/comparisons.py", {"table1"}),
         ("results/pages.py", {"pages"}),
         ("runs/bench.py", {"bench"}),
@@ -99,7 +101,7 @@ def test_every_stage_that_runs_a_notebook_or_a_module_depends_on_its_text(copy):
     there = copy[1]().keys()
     for name, (command, texts) in stages().items():
         assert set(texts) <= there, name
-        ran = re.search(r"(?:run\}?) (\d\d_\w+)|python -m (lib\.\w+\.\w+)$", command)
+        ran = re.search(r"(?:run\}?) (\d\d_\w+)|python -m (lib\.(?!runs\.notebooks)\w+\.\w+)", command)
         if ran and name not in ("fetch", "sources"):
             assert f"{ran[1] or ran[2]}.py" in texts, name
 

@@ -111,6 +111,11 @@ def save(figure, file, title=""):
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     if title:
         figure.text(0.5, 1.01, title, ha="center", va="bottom", fontsize=10)
+    write(figure, file)
+    display(Image(str(file)))
+
+
+def write(figure, file):
+    """Write a figure as PNG, the same bytes for the same figure, and close it."""
     figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
-    display(Image(str(file)))

@@ -5,6 +5,7 @@ results of other settings or code. A killed run that is started again goes on wi
 item with the missing steps. An item that fails is reported and does not stop the others.
 """
 
+import argparse
 import csv
 import itertools
 import json
@@ -47,16 +48,20 @@ def groups_of(settings):
     """
     rates, seeds = settings.grid.rates or [settings.rate], settings.grid.seeds or [settings.seed]
     groups = []
-    for recipe, seed in itertools.product(settings.grid.recipes or reversed(params.recipes(settings)), seeds):
-        if recipe == "fair":
-            groups.append([Item(recipe, rate, seed, "", stage) for rate in rates for stage in settings.grid.stages])
-            continue
+    for recipe, seed in itertools.product(reversed(params.recipes(settings)), seeds):
         items = [Item(recipe, rate, seed) for rate in rates if (rate, seed) != (settings.rate, settings.seed)]
         if recipe == settings.recipe:
             items += [Item(recipe, rates[0], seed, variant) for variant in settings.grid.variants]
         if items:
             groups.append(items)
     return groups
+
+
+def contest_of(settings):
+    """As ``groups_of``, the items of section ``contest``: recipe ``fair``, one method each."""
+    options = settings.contest
+    chosen = [(params.parse(rate), stage) for rate, stages in options.stages.items() for stage in stages]
+    return [[Item("fair", rate, seed, "", stage) for rate, stage in chosen] for seed in options.seeds]
 
 
 def stages_of(item, settings):
@@ -98,9 +103,16 @@ def key_of(item, settings):
     ran = stages_of(item, settings)
     sections = {section for stage in table.stages() for section in stage.sections}
     read = {section for stage in ran for section in stage.sections}
-    others = {"grid", "baseline", "device", "varied", "fair", *(sections - read), *params.CHOICES["cohort"]} - {
-        settings.cohort
-    }
+    others = {
+        "grid",
+        "contest",
+        "baseline",
+        "device",
+        "varied",
+        "fair",
+        *(sections - read),
+        *params.CHOICES["cohort"],
+    } - {settings.cohort}
     relevant = {key: value for key, value in own.items() if key not in others}
     relevant[settings.cohort] = {key: value for key, value in own[settings.cohort].items() if key != "folder"}
     for whole, part in (section.split(".") for section in read if "." in section):
@@ -199,10 +211,13 @@ def run(item, settings, threads):
     (folder / "item.json").write_text(json.dumps({**item._asdict(), "key": key}) + "\n")
 
 
-def main():
-    """Run all missing items; the exit status is 1 where some failed."""
-    settings = params.load()
-    groups = groups_of(settings)
+def main(arguments=()):
+    """Run all missing items, those of the command line's ``arguments``; the exit status is 1 where some failed."""
+    parser = argparse.ArgumentParser(prog="python -m lib.results.grid", description=__doc__.splitlines()[0])
+    parser.add_argument("--contest", metavar="COHORT", help="the items of section `contest` for this cohort")
+    contest = parser.parse_args(arguments).contest
+    settings = params.load(cohort=contest)
+    groups = contest_of(settings) if contest else groups_of(settings)
     missing = [[item for item in group if not is_done(item, settings)] for group in groups]
     total = sum(map(len, groups))
     (params.output_root() / "results" / "grid" / settings.cohort).mkdir(parents=True, exist_ok=True)
@@ -230,4 +245,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -152,7 +152,7 @@ def summary(rows, classes, review):
 
 def trained(settings, store, intake, output):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
-    others = "grid", "folder", "cctr", "baseline", "varied", *params.CHOICES["cohort"]
+    others = "grid", "contest", "fair", "folder", "cctr", "baseline", "varied", *params.CHOICES["cohort"]
     relevant = {key: value for key, value in settings.items() if key not in others}
     names = (
         "axis",

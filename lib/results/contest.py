@@ -1,0 +1,185 @@
+"""`python -m lib.results.contest`: the methods of recipe `fair` beside one another, from what the grid has finished.
+
+Writes contest.csv, contest.md and contest.png to results/<cohort>/. Intervals are over draws of labelled images and
+over test subjects together, so that they say what another draw and other subjects may bring.
+"""
+
+import argparse
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from lib.methods.table import by_name
+from lib.results import grid
+from lib.results.charts import write
+from lib.results.statistics import average_classes
+from lib.results.tables import as_markdown, figure
+from lib.runs import params
+
+RESAMPLES = 2000
+OURS = "joint+ (one stage)"
+COLUMNS = [
+    "cohort",
+    "split",
+    "recipe",
+    "method",
+    "n_labelled",
+    "selection",
+    "hidden_masks",
+    "images_seen",
+    "tta",
+    "draws",
+    "subjects",
+    "dsc_mean",
+    "dsc_low",
+    "dsc_high",
+    "dsc_of_draws_sd",
+    "hd95_mean",
+    "best_peer",
+    "best_peer_difference",
+    "difference_low",
+    "difference_high",
+]
+
+
+def collect(settings):
+    """Scores of all finished items of recipe ``fair``, classes averaged; without rows where there are none."""
+    frames = [
+        pd.read_csv(folder / "per_image.csv", dtype={"subject": str, "variant": str}, keep_default_na=False)
+        for folder in grid.finished(settings)
+        if folder.name.startswith("fair-")
+    ]
+    if not frames:
+        return pd.DataFrame(columns=["cohort", "method", "n_labelled", "seed", "subject", "class", "dsc", "hd95"])
+    together = average_classes(pd.concat(frames, ignore_index=True))
+    return together[together["class"] == "mean"]
+
+
+def by_draw(rows, metric):
+    """Mean of a score of one method: a frame with one row per draw and one column per subject."""
+    return rows.groupby(["seed", "subject"])[metric].mean().unstack("subject")
+
+
+def interval(scores, level=0.95):
+    """Bootstrap interval of the mean over draws and subjects, both drawn anew: (low, high).
+
+    Args:
+        scores: array ``(draws, subjects)``. With one draw alone the interval is over subjects.
+    """
+    rng = np.random.default_rng(0)
+    draws, subjects = scores.shape
+    again = lambda count: rng.integers(count, size=(RESAMPLES, count))
+    means = [scores[np.ix_(rows, columns)].mean() for rows, columns in zip(again(draws), again(subjects))]
+    return tuple(float(value) for value in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+
+
+def contest(rows, settings):
+    """The table of the contest.
+
+    Args:
+        rows: of ``collect``.
+        settings: of the pipeline; section ``fair`` says how many images were seen.
+
+    Returns:
+        pandas.DataFrame with COLUMNS, one row per number of labels and method. The difference is joint+'s from its best
+        peer, the method with the highest mean DSC besides it, on the draws and subjects that both have.
+    """
+    training, table = settings.fair.training, []
+    for (cohort, labelled), group in rows.groupby(["cohort", "n_labelled"], sort=True):
+        scores = {method: by_draw(found, "dsc") for method, found in group.groupby("method")}
+        peers = {method: float(found.to_numpy().mean()) for method, found in scores.items() if method != OURS}
+        best = max(peers, key=peers.get) if peers else ""
+        for method in (name for name in by_name() if name in scores):
+            found = scores[method]
+            low, high = interval(found.to_numpy())
+            row = {
+                "cohort": cohort,
+                "split": "test",
+                "recipe": "fair",
+                "method": method,
+                "n_labelled": labelled,
+                "selection": "none",
+                "hidden_masks": 0,
+                "images_seen": training.steps * training.batch,
+                "tta": "no",
+                "draws": len(found),
+                "subjects": found.shape[1],
+                "dsc_mean": float(found.to_numpy().mean()),
+                "dsc_low": low,
+                "dsc_high": high,
+                "dsc_of_draws_sd": float(found.mean(axis=1).std()),
+                "hd95_mean": float(by_draw(group[group["method"] == method], "hd95").to_numpy().mean()),
+            }
+            if method == OURS and best:
+                both = found.index.intersection(scores[best].index)
+                gain = (found.loc[both] - scores[best].loc[both]).to_numpy()
+                row |= {"best_peer": best, "best_peer_difference": float(gain.mean())}
+                row["difference_low"], row["difference_high"] = interval(gain)
+            table.append(row)
+    return pd.DataFrame(table, columns=COLUMNS)
+
+
+def markdown(table):
+    """The contest for reading."""
+    if not len(table):
+        return "The contest has not been run: `make contest`, see params.yaml.\n"
+    rows = []
+    for _, row in table.iterrows():
+        gain = ""
+        if row["best_peer"] and pd.notna(row["best_peer_difference"]):
+            gain = "{:+.3f} ({:+.3f} to {:+.3f}) against {}".format(
+                *row[["best_peer_difference", "difference_low", "difference_high"]], row["best_peer"]
+            )
+        rows.append(
+            {
+                "labelled": row["n_labelled"],
+                "method": row["method"],
+                "draws": row["draws"],
+                "DSC": figure(row["dsc_mean"], 3),
+                "95 % interval": f"{row['dsc_low']:.3f} to {row['dsc_high']:.3f}",
+                "sd of draws": figure(row["dsc_of_draws_sd"], 3),
+                "HD95 (px)": figure(row["hd95_mean"], 2),
+                "images seen": f"{row['images_seen']:,}",
+                "hidden masks": row["hidden_masks"],
+                "difference from the best peer": gain,
+            }
+        )
+    return as_markdown(rows)
+
+
+def chart(table):
+    """DSC against the number of labels, a line per method with its interval as a band."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for name, method in by_name().items():
+        rows = table[table["method"] == name]
+        if len(rows):
+            front = {"linewidth": 2.5, "zorder": 3} if name == OURS else {"linewidth": 1.2}
+            axes.plot(rows["n_labelled"], rows["dsc_mean"], marker="o", color=method.colour, label=name, **front)
+            axes.fill_between(
+                rows["n_labelled"], rows["dsc_low"], rows["dsc_high"], color=method.colour, alpha=0.12, lw=0
+            )
+    if len(table):
+        ticks = sorted(table["n_labelled"].unique())
+        axes.set(xscale="log", title=f"{table['cohort'].iloc[0]}, recipe fair")
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
+    axes.set(xlabel="labelled", ylabel="DSC")
+    figure.tight_layout()
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m lib.results.contest", description=__doc__.splitlines()[0])
+    parser.add_argument("cohort")
+    settings = params.load(cohort=parser.parse_args().cohort)
+    table, results = contest(collect(settings), settings), params.results_folder(settings)
+    table.round(6).to_csv(results / "contest.csv", index=False)
+    (results / "contest.md").write_text(markdown(table))
+    write(chart(table), results / "contest.png")
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib.results import contest
+from lib.runs import params
+
+GAIN = 0.05
+
+
+def scores(methods, draws=(1, 2), subjects=12, labelled=(1, 5)):
+    """Two slices a subject; joint+ is GAIN above bcp on every one, and bcp above fs."""
+    rng, rows = np.random.default_rng(0), []
+    level = {"fs": -0.05, "bcp": 0.0, contest.OURS: GAIN}
+    for number in labelled:
+        for seed in draws:
+            for subject in range(subjects):
+                base = 0.8 + 0.05 * rng.standard_normal()
+                rows += [
+                    {
+                        "cohort": "c",
+                        "method": method,
+                        "n_labelled": number,
+                        "seed": seed,
+                        "subject": f"s{subject}",
+                        "class": "mean",
+                        "dsc": base + level[method] + (0.01 if half else -0.01),
+                        "hd95": 2.0,
+                    }
+                    for method in methods
+                    for half in (0, 1)
+                ]
+    return pd.DataFrame(rows)
+
+
+def test_the_difference_is_from_the_best_peer_on_the_same_draws_and_subjects():
+    table = contest.contest(scores(["fs", "bcp", contest.OURS]), params.load())
+    assert table["method"].tolist() == ["fs", "bcp", contest.OURS] * 2
+    ours = table[table["method"] == contest.OURS]
+    assert (ours["best_peer"] == "bcp").all() and table["best_peer_difference"].notna().sum() == 2
+    for column in ("best_peer_difference", "difference_low", "difference_high"):
+        assert ours[column].tolist() == pytest.approx([GAIN] * 2)  # paired: what subjects differ in is gone
+    assert (table["dsc_low"] < table["dsc_mean"]).all() and (table["dsc_mean"] < table["dsc_high"]).all()
+    training = params.load().fair.training
+    assert (table["images_seen"] == training.steps * training.batch).all() and (table["hidden_masks"] == 0).all()
+    assert "+0.050 (+0.050 to +0.050) against bcp" in contest.markdown(table)
+
+
+def test_a_draw_that_one_of_two_lacks_does_not_count_in_their_difference():
+    rows = scores(["bcp", contest.OURS])
+    lacking = rows[(rows["method"] != contest.OURS) | (rows["seed"] == 1)]
+    ours = contest.contest(lacking, params.load()).query("method == @contest.OURS")
+    assert (ours["draws"] == 1).all() and ours["best_peer_difference"].tolist() == pytest.approx([GAIN] * 2)
+
+
+def test_the_interval_is_wider_where_draws_differ_and_narrower_with_more_subjects():
+    rng = np.random.default_rng(1)
+    width = lambda array: np.subtract(*contest.interval(array)[::-1])
+    subjects = rng.normal(0.8, 0.1, (1, 40))
+    alike = np.repeat(subjects, 4, axis=0)
+    apart = alike + np.array([[-0.1], [0.1], [-0.05], [0.05]])
+    assert width(apart) > 1.3 * width(alike) > 1.3 * width(np.tile(alike, (1, 4)))
+    low, high = contest.interval(alike)
+    expected = 2 * 1.96 * subjects.std() / np.sqrt(40)
+    assert low < alike.mean() < high and high - low == pytest.approx(expected, rel=0.15)
+
+
+def test_where_nothing_has_run_the_table_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    table = contest.contest(contest.collect(params.load()), params.load())
+    assert len(table) == 0 and "has not been run" in contest.markdown(table)
+
+
+def test_every_method_that_has_run_is_drawn_with_its_interval():
+    (axes,) = contest.chart(contest.contest(scores(["fs", contest.OURS]), params.load())).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["fs", contest.OURS]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "5"]
