@@ -10,8 +10,8 @@ from lib.methods.cctr import train as cctr
 from lib.methods.experiment import Experiment
 from lib.methods.pretraining import pretrain_registration, pretrain_segmentation
 from lib.models import ResidualUNet
-from lib.results import charts
 from lib.results.evaluation import evaluate, evaluate_untrained, rounds
+from lib.results.figures import charts
 from lib.runs import params
 from lib.runs.params import cohort_file, work_folder
 

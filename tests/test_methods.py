@@ -11,7 +11,8 @@ from test_training import made_up_cohort
 from lib.methods import table
 from lib.methods.experiment import Experiment, Prediction
 from lib.methods.pretraining import pretrain_segmentation
-from lib.results import comparisons, evaluation, grid, tables
+from lib.results import evaluation, grid, tables
+from lib.results.figures import comparisons
 from lib.results.statistics import average_classes
 from lib.runs import params
 

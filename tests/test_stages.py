@@ -63,7 +63,7 @@ TRAINED = {*TRAINING, *EVALUATED, "figure2"}
         ("methods/peers/bcp.py", EVALUATED),
         ("cohorts/hippocampus.py", {"cohort", "contest_cohort"}),
         ("results/tables.py", {"table1", "contest_table"}),
-        ("results/comparisons.py", {"table1"}),
+        ("results/figures/comparisons.py", {"table1"}),
         ("results/pages.py", {"pages"}),
         ("runs/bench.py", {"bench"}),
         ("scans/store.py", {"own_data", "capacity"}),

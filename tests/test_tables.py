@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib.results import collecting, comparisons, published, tables
+from lib.results import collecting, published, tables
 from lib.results.ablation import ablation, ablation_markdown
+from lib.results.figures import comparisons
 from lib.results.statistics import average_classes
 
 

@@ -22,7 +22,7 @@ from lib.methods import experiment, joint_plus, pretraining
 from lib.metrics import harden
 from lib.pseudo_masks import fuse
 from lib.refinement import refined
-from lib.results import viewer
+from lib.results.figures import viewer
 from lib.runs import params
 
 WIDGET, PNG = "application/vnd.jupyter.widget-view+json", "image/png"

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lib.methods.table import by_name
 from lib.results import grid
-from lib.results.charts import write
+from lib.results.figures.charts import write
 from lib.results.statistics import average_classes
 from lib.results.tables import as_markdown, figure
 from lib.runs import params

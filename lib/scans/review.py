@@ -13,8 +13,8 @@ from lib.cohorts.volumes import scaled
 from lib.methods.experiment import Experiment, finished_rounds
 from lib.metrics import dice
 from lib.results.calibration import predict_dsc
-from lib.results.plots import OTHER, draw
-from lib.results.viewer import Viewer, experiment_layers
+from lib.results.figures.plots import OTHER, draw
+from lib.results.figures.viewer import Viewer, experiment_layers
 from lib.runs import params
 from lib.runs.params import cohort_file
 from lib.scans.folder import find_cases, nifti_files

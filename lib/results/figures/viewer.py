@@ -24,7 +24,7 @@ from traitlets import link
 from lib.methods import joint_plus
 from lib.methods.experiment import finished_rounds, load_round
 from lib.metrics import harden
-from lib.results.plots import TRUE, array, draw, draw_grid, outline
+from lib.results.figures.plots import TRUE, array, draw, draw_grid, outline
 
 LAYERS = {  # what can be seen, and what it is
     "image": "the slice as the networks see it",

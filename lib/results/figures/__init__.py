@@ -1,0 +1,1 @@
+"""Figures: charts of numbers, pictures of slices and masks, and the viewer."""
