@@ -5,9 +5,9 @@ than that one and drags it down. Here instead
 
 - every displacement field is *refined* for its own pair of images (lib.refinement);
 - registration makes *training pairs*: a labelled image and its mask, warped by the same field onto the anatomy of an
-  unlabelled image. The mask fits its image whatever the field, since both are warped alike. Closest relatives: Zhao et al., "Data augmentation
-  using learned transformations for one-shot medical image segmentation", CVPR 2019; Xu and Niethammer, "DeepAtlas",
-  MICCAI 2019;
+  unlabelled image. The mask fits its image whatever the field, since both are warped alike. Closest relatives: Zhao et
+  al., "Data augmentation using learned transformations for one-shot medical image segmentation", CVPR 2019; Xu and
+  Niethammer, "DeepAtlas", MICCAI 2019;
 - soft pseudo-masks are *fused by reliability*: the weight of each network is chosen on the validation images;
 - labelled images keep a fixed share of every batch, all images are augmented in all rounds, and the average of the
   weights over the steps is what is validated and tested.

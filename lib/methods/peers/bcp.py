@@ -51,8 +51,8 @@ def batch_loss(lesson, generator, step):
         return {"loss": lesson.loss(lesson.student(paste(first, second, inside)), target)}
     half = batch // 2
     known, masks = lesson.known(half, generator)
-    weak = lesson.free(half, generator)  # lit as it was: what is easier to see is labelled better
-    guessed, free = largest_components(lesson.teacher(weak)), lesson.light(weak, generator)
+    free = lesson.light(lesson.free(half, generator), generator)
+    guessed = largest_components(lesson.teacher(free))
     inside = box(half, space, options.share, generator)
     images = torch.cat((paste(known, free, inside), paste(free, known, inside)))
     target = torch.cat((paste(masks, guessed, inside), paste(guessed, masks, inside)))
@@ -62,7 +62,7 @@ def batch_loss(lesson, generator, step):
 
 def train(experiment):
     """(ResidualUNet, Fit)."""
-    return teach(experiment, "bcp", batch_loss, depends=["weak views are labelled"])
+    return teach(experiment, "bcp", batch_loss)
 
 
 def predict(experiment, index):
