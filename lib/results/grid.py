@@ -58,10 +58,12 @@ def groups_of(settings):
 
 
 def contest_of(settings):
-    """As ``groups_of``, the items of section ``contest``: recipe ``fair``, one method each."""
-    options = settings.contest
-    chosen = [(params.parse(rate), stage) for rate, stages in options.stages.items() for stage in stages]
-    return [[Item("fair", rate, seed, "", stage) for rate, stage in chosen] for seed in options.seeds]
+    """As ``groups_of``, the items of section ``contest``: recipe ``fair``, one method each, a group per seed."""
+    groups = {}
+    for part in settings.contest.methods:
+        for seed, rate, stage in itertools.product(range(1, part.draws + 1), part.rates, part.stages):
+            groups.setdefault(seed, []).append(Item("fair", rate, seed, "", stage))
+    return [groups[seed] for seed in sorted(groups)]
 
 
 def stages_of(item, settings):

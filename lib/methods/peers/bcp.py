@@ -1,8 +1,10 @@
 """BCP, bidirectional copy-paste (Bai et al., CVPR 2023): labelled and unlabelled images pasted into one another.
 
 A box of a labelled image goes into an unlabelled one, and the other way round. Masks go with them: true ones, and those
-of the averaged network, of which the largest component of every class is kept. For a first part of the steps labelled
-images are pasted into one another.
+of the averaged network. For a first part of the steps labelled images are pasted into one another.
+
+The authors keep the largest component of every class of the network's masks. That holds for organs that are one piece
+in every image, and is a setting here: a slice of the hippocampus often shows two pieces.
 """
 
 import numpy as np
@@ -52,7 +54,9 @@ def batch_loss(lesson, generator, step):
     half = batch // 2
     known, masks = lesson.known(half, generator)
     free = lesson.light(lesson.free(half, generator), generator)
-    guessed = largest_components(lesson.teacher(free))
+    guessed = (lesson.teacher(free) > 0.5).float()
+    if options.one_piece:
+        guessed = largest_components(guessed)
     inside = box(half, space, options.share, generator)
     images = torch.cat((paste(known, free, inside), paste(free, known, inside)))
     target = torch.cat((paste(masks, guessed, inside), paste(guessed, masks, inside)))
