@@ -26,6 +26,8 @@ def scores(methods, draws=(1, 2), subjects=12, labelled=(1, 5)):
                         "class": "mean",
                         "dsc": base + level[method] + (0.01 if half else -0.01),
                         "hd95": 2.0,
+                        "minutes": 3.0,
+                        "device": "CPU (1 threads)",
                     }
                     for method in methods
                     for half in (0, 1)
@@ -65,6 +67,17 @@ def test_the_interval_is_wider_where_draws_differ_and_narrower_with_more_subject
     assert low < alike.mean() < high and high - low == pytest.approx(expected, rel=0.15)
 
 
+def test_external_cases_have_rows_of_their_own():
+    rows = scores(["fs", contest.OURS], labelled=(1,))
+    further = rows.assign(cohort="c, external", subject="x" + rows["subject"], dsc=rows["dsc"] - 0.1)
+    table = contest.contest(pd.concat([further, rows], ignore_index=True), params.load())
+    assert table["split"].tolist() == ["test"] * 2 + ["external"] * 2
+    fallen = table["dsc_mean"].iloc[:2].to_numpy() - table["dsc_mean"].iloc[2:].to_numpy()
+    assert fallen == pytest.approx([0.1, 0.1]) and "| external" in contest.markdown(table)
+    (line, *_) = contest.chart(table).axes[0].get_lines()
+    assert line.get_ydata().tolist() == table["dsc_mean"].iloc[:1].tolist()  # test images alone are drawn
+
+
 def test_where_nothing_has_run_the_table_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
     table = contest.contest(contest.collect(params.load()), params.load())
@@ -72,6 +85,7 @@ def test_where_nothing_has_run_the_table_says_so(tmp_path, monkeypatch):
 
 
 def test_every_method_that_has_run_is_drawn_with_its_interval():
-    (axes,) = contest.chart(contest.contest(scores(["fs", contest.OURS]), params.load())).axes
+    axes, cost = contest.chart(contest.contest(scores(["fs", contest.OURS]), params.load())).axes
+    assert "CPU (1 threads)" in cost.get_xlabel() and len(cost.texts) == 4  # two methods, one and five labelled
     assert [line.get_label() for line in axes.get_lines()] == ["fs", contest.OURS]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "5"]

@@ -54,11 +54,26 @@ def test_of_the_whole_archive_the_cases_of_the_results_are_taken(tmp_path):
     (tmp_path / "imagesTr").mkdir()
     for name in [*hippocampus.CASES, "hippocampus_002"]:
         (tmp_path / "imagesTr" / f"{name}.nii.gz").touch()
-    found = {name for name, *_ in hippocampus.find_cases(tmp_path)}
-    assert found == hippocampus.CASES and len(found) == 230
+    found, further = hippocampus.chosen_cases(settings(tmp_path))
+    assert set(found) == hippocampus.CASES and len(found) == 230 and not further
     (tmp_path / "imagesTr" / "hippocampus_001.nii.gz").unlink()  # another collection
-    found = {name for name, *_ in hippocampus.find_cases(tmp_path)}
+    found, _ = hippocampus.chosen_cases(settings(tmp_path))
     assert len(found) == 230 and "hippocampus_002" in found
+
+
+def test_an_external_folder_brings_further_cases_that_are_only_tested(task, tmp_path):
+    before = hippocampus.build(settings(task), seed=1)
+    for number in (1, 9, 10):  # the first is of the cohort
+        write_case(tmp_path / "further", f"hippocampus_{number:03d}")
+    cohort = hippocampus.build(settings(task, external=str(tmp_path / "further")), seed=1)
+    own = cohort.split != "external"
+    assert np.unique(cohort.subjects[~own]).tolist() == ["hippocampus_009", "hippocampus_010"]
+    for name in ("images", "labels", "subjects", "split"):
+        assert np.array_equal(getattr(cohort, name)[own], getattr(before, name))
+    with pytest.raises(DataError, match="no case that the cohort does not have already"):
+        hippocampus.build(settings(task, external=str(task)), seed=1)
+    with pytest.raises(DataError, match="does not exist: `external` names"):
+        hippocampus.build(settings(task, external=str(tmp_path / "nowhere")), seed=1)
 
 
 def test_hippocampus_with_two_classes(task):

@@ -16,6 +16,7 @@ from lib.methods.peers.learning import Lesson
 from lib.methods.pretraining import pretrain_registration
 from lib.results import evaluation, grid
 from lib.runs import params
+from lib.runs.cabinet import Cabinet
 
 PEERS = {stage.name: stage.peer for stage in table.stages() if stage.peer}
 
@@ -183,11 +184,11 @@ def settings(tmp_path, monkeypatch):
 
 
 def test_every_stage_of_the_recipe_is_an_item_and_reads_its_own_settings_alone(settings):
-    settings.contest |= {"seeds": [1, 2], "stages": {"1": ["bcp", "brainstorm"], "10": ["bcp", "brainstorm"]}}
+    both = params.Section(rates=[1, 10], draws=2, stages=["bcp", "brainstorm"])
+    settings.contest["methods"] = [both, params.Section(rates=[1], draws=1, stages=["elastic"])]
     groups = grid.contest_of(settings)
-    assert [[item.name for item in group] for group in groups] == [
-        [f"fair-{stage}-{rate}-seed_{seed}" for rate in (1, 10) for stage in ("bcp", "brainstorm")] for seed in (1, 2)
-    ]
+    named = [[f"fair-{stage}-{rate}-seed_{seed}" for rate in (1, 10) for stage in both.stages] for seed in (1, 2)]
+    assert [[item.name for item in group] for group in groups] == [[*named[0], "fair-elastic-1-seed_1"], named[1]]
     pasted, warped = groups[0][:2]
     assert grid.notebooks_of(pasted, settings) == ["12_fair", "08_evaluation"]
     assert grid.notebooks_of(warped, settings) == ["03_pretrain_registration", "12_fair", "08_evaluation"]
@@ -204,3 +205,15 @@ def test_every_stage_of_the_recipe_is_an_item_and_reads_its_own_settings_alone(s
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("JOINT_SET", f"scale=smoke,{change}")
             assert [k for k, (old, new) in enumerate(zip(before, keys())) if old != new] == changed, change
+
+
+def test_an_item_says_what_its_method_took(settings):
+    costs = {"registration": 60, "pairs": 12, "brainstorm": 120, "bcp": 90}
+    item = grid.Item("fair", 1, 1, "", "brainstorm")
+    cabinet = Cabinet(params.load("fair", seed=1), None)
+    for stage, seconds in costs.items():
+        cabinet.cost_file(stage).parent.mkdir(parents=True, exist_ok=True)
+        cabinet.cost_file(stage).write_text(f'{{"seconds": {seconds}, "device": "CPU (1 threads)"}}')
+    assert grid.cost_of(item, settings.cohort) == {"minutes": 3.2, "device": "CPU (1 threads)"}
+    assert grid.cost_of(item._replace(stage="bcp"), settings.cohort)["minutes"] == 1.5
+    assert grid.cost_of(item._replace(stage=""), settings.cohort) == {}

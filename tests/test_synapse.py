@@ -27,7 +27,7 @@ def settings(tmp_path):
             np.savez(tmp_path / "train_npz" / f"case{case:04d}_slice{k:03d}.npz", image=image[k], label=labels[k])
     with h5py.File(tmp_path / "test_vol_h5" / "case0001.npy.h5", "w") as file:
         file["image"], file["label"] = organs(1, 5)
-    return params.Section(folder=str(tmp_path), size=16, validation=1)
+    return params.Section(folder=str(tmp_path), external="", size=16, validation=1)
 
 
 def test_slices_become_volumes_and_cases_keep_their_order(settings):
@@ -38,6 +38,16 @@ def test_slices_become_volumes_and_cases_keep_their_order(settings):
     assert np.array_equal(cohort.original(3), organs(1, 5)[1])
     assert set(cohort.subjects[cohort.order(1)[: cohort.count(50)]]) == {"case0005"}
     check_split(cohort.subjects, cohort.split)
+
+
+def test_external_cases_are_only_tested(settings, tmp_path):
+    (tmp_path / "further").mkdir()
+    for case in (1, 8):  # the first is tested already
+        with h5py.File(tmp_path / "further" / f"case{case:04d}.npy.h5", "w") as file:
+            file["image"], file["label"] = organs(case, 3)
+    cohort = synapse.build(params.Section(settings, external=str(tmp_path / "further")))
+    assert set(cohort.subjects[cohort.index("external")]) == {"case0008"}
+    assert np.array_equal(cohort.original(len(cohort.names()) - 1), organs(8, 3)[1])
 
 
 def spoil_slice(folder, **changes):

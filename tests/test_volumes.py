@@ -57,7 +57,7 @@ def refused(build, settings, words):
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     monkeypatch.setattr(acdc, "SPLIT", SPLIT)
-    return params.Section(folder=str(tmp_path / "acdc"), size=32, patients={})
+    return params.Section(folder=str(tmp_path / "acdc"), external="", size=32, patients={})
 
 
 @pytest.fixture(params=["flat", "challenge"])
@@ -93,6 +93,16 @@ def test_patients_are_labelled_in_the_splits_order_whatever_the_seed(settings, f
         order = cohort.order(seed)
         assert list(dict.fromkeys(cohort.subjects[order])) == SPLIT["train"]
     assert [cohort.units(order[: cohort.count(rate)]) for rate in (1, 34, 67, 100)] == [1, 1, 2, 3]
+
+
+def test_external_patients_are_tested_at_their_original_size(settings, folder, tmp_path):
+    for patient, frame in (("patient101", 1), ("patient101", 12), ("patient002", 1), ("patient002", 9)):
+        write(tmp_path / "further", patient, frame, *heart(frame, slices=5))
+    cohort = acdc.build(params.Section(settings, external=str(tmp_path / "further")))
+    assert set(cohort.subjects[cohort.index("external")]) == {"patient101"}  # the other one trains
+    assert list(cohort.names())[-2:] == ["patient101_frame01", "patient101_frame12"]
+    assert np.array_equal(cohort.original(len(cohort.names()) - 1), np.moveaxis(heart(12, slices=5)[1], 2, 0))
+    assert set(cohort.subjects[cohort.index("train")]) == set(SPLIT["train"])
 
 
 def test_the_file_keeps_everything(settings, folder, tmp_path):
@@ -184,7 +194,7 @@ def test_registration_partners_lie_at_the_same_height(settings, folder):
 def test_the_pieces_fit_the_experiment(settings, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / "out"))
     settings = params.load("strong", cohort="acdc", rate=34)
-    acdc.build(params.Section(folder=str(folder), size=32, patients={})).save(params.cohort_file(settings))
+    acdc.build(params.Section(folder=str(folder), external="", size=32, patients={})).save(params.cohort_file(settings))
     trial = Experiment(settings)
     networks = trial.segmentation_network(), trial.registration_network()
     masks = trial.generate(networks, trial.cohort.index("test"), "test", "test")
@@ -199,7 +209,7 @@ def test_the_real_acdc_data():
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     few = {"train": 1, "validation": 1, "test": 1}
-    cohort = acdc.build(params.Section(folder=str(folder), size=96, patients=few))
+    cohort = acdc.build(params.Section(folder=str(folder), external="", size=96, patients=few))
     assert set(cohort.subjects) == {acdc.SPLIT[split][0] for split in few} and len(cohort.names()) == 6
     for name in cohort.names():
         marked = cohort.labels[cohort.volumes == name]

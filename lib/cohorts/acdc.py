@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import DataError
-from lib.cohorts.reading import existing_folder, files_by_case, read_pair
+from lib.cohorts.reading import EXTERNAL, existing_folder, files_by_case, read_pair, without
 from lib.cohorts.volumes import assemble
 
 LABELS = {0: "background", 1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
@@ -48,7 +48,7 @@ def frames_of(patient):
         ) from error
 
 
-def find_volumes(folder):
+def find_volumes(folder, how=HOW):
     """(patient, image file, mask file) of both volumes of every patient.
 
     Two layouts are known: the challenge's own, patientNNN/patientNNN_frameNN.nii.gz with Info.cfg (also below
@@ -57,7 +57,7 @@ def find_volumes(folder):
     Raises:
         DataError: no such folder, nothing in it, or a patient without exactly ED and ES.
     """
-    folder, found = existing_folder(folder, HOW), []
+    folder, found = existing_folder(folder, how), []
     patients = sorted(path for path in folder.rglob("patient*") if path.is_dir())
     for patient in patients:
         for number in frames_of(patient):
@@ -65,7 +65,7 @@ def find_volumes(folder):
             found.append((patient.name, patient / f"{name}.nii.gz", patient / f"{name}_gt.nii.gz"))
     if patients:
         return found
-    for patient, files in files_by_case(folder, "**/patient*_frame*.nii*", HOW).items():
+    for patient, files in files_by_case(folder, "**/patient*_frame*.nii*", how).items():
         images = [file for file in files if "_gt." not in file.name]
         if len(images) != 2:
             raise DataError(f"{folder} holds {len(images)} volumes of {patient}, not ED and ES: add or remove some")
@@ -89,6 +89,13 @@ def build(settings):
     missing = sorted(set(sum(chosen.values(), [])) - set(found))
     if missing:
         raise DataError(f"{settings.folder} lacks {', '.join(missing)}, which the split names: {HOW}")
+    if settings.external:
+        further = {}
+        for patient, *files in find_volumes(settings.external, EXTERNAL):
+            further.setdefault(patient, []).append(files)
+        further = without(set(sum(SPLIT.values(), [])), further, settings.external)
+        found |= further
+        chosen["external"] = list(further)
     volumes = []
     for split, patients in chosen.items():
         for rank, patient in enumerate(tqdm(patients, desc=f"reading acdc, {split}", unit="patient", leave=False)):

@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from lib import DataError
 from lib.cohorts.cohort import Cohort
-from lib.cohorts.reading import min_max, on_canvas, read_pair
+from lib.cohorts.reading import EXTERNAL, existing_folder, min_max, on_canvas, read_pair, without
 from lib.cohorts.splitting import split_by_subject
 from lib.runs.params import ROOT, work_folder
 
@@ -48,16 +48,31 @@ def find_folder(folder):
 
 
 def find_cases(folder):
-    """(name, image file, mask file) of every case, in the Decathlon's layout or with folders images and labels.
+    """Image file and mask file of every case by its name, in the Decathlon's layout or with folders images and labels.
 
-    Of the official archive only those of CASES, so that the split is that of the results.
+    Raises:
+        DataError: neither is there.
     """
     for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
         if (folder / images).is_dir():
             files = sorted(f for f in (folder / images).glob("*.nii*") if not f.name.startswith("."))
-            found = [(f.name.split(".")[0], f, folder / labels / f.name) for f in files]
-            return [case for case in found if case[0] in CASES] if {name for name, *_ in found} >= CASES else found
+            return {f.name.split(".")[0]: (f, folder / labels / f.name) for f in files}
     raise DataError(f"{folder} holds neither imagesTr/ and labelsTr/ nor images/ and labels/: is it the task's folder?")
+
+
+def chosen_cases(settings):
+    """Names and files of the cohort's cases and of those of the external folder, as ``find_cases`` gives them.
+
+    Of the official archive only those of CASES are the cohort's, so that the split is that of the results.
+    """
+    found = find_cases(find_folder(settings.folder))
+    if set(found) >= CASES:
+        found = {name: files for name, files in found.items() if name in CASES}
+    cases = dict(list(found.items())[: settings.subjects])
+    if not settings.external:
+        return cases, {}
+    folder = existing_folder(settings.external, EXTERNAL)
+    return cases, without(found, find_cases(folder), folder)
 
 
 def sagittal_slices(image, mask, offsets, around="largest"):
@@ -94,24 +109,27 @@ def build(settings, seed, around="largest"):
     if settings.classes not in ("binary", "two"):
         raise ValueError(f"hippocampus.classes '{settings.classes}' in params.yaml is not one of binary, two")
     images, labels, subjects = [], [], []
-    cases = find_cases(find_folder(settings.folder))[: settings.subjects]
-    for name, image_file, mask_file in tqdm(cases, desc="reading hippocampus", unit="case"):
-        image, mask, _ = read_pair(image_file, mask_file, LABELS)
+    cases, external = chosen_cases(settings)
+    for name, files in tqdm((cases | external).items(), desc="reading hippocampus", unit="case"):
+        image, mask, _ = read_pair(*files, LABELS)
         if not mask.any():
-            raise DataError(f"{mask_file} is empty, so no slice can be chosen: leave the case out")
+            raise DataError(f"{files[1]} is empty, so no slice can be chosen: leave the case out")
         for image_slice, mask_slice in sagittal_slices(image, mask, settings.slice_offsets, around):
             images.append(on_canvas(min_max(image_slice), settings.size))
             labels.append(on_canvas(mask_slice, settings.size))
             subjects.append(name)
-    labels = np.stack(labels)
+    labels, subjects = np.stack(labels), np.array(subjects)
+    own = np.isin(subjects, list(cases))
+    split = np.full(len(subjects), "external", object)
+    split[own] = split_by_subject(subjects[own], settings.split, seed)
     binary = settings.classes == "binary"
     return Cohort(
         name="hippocampus",
         title="hippocampus" if around == "largest" else "hippocampus (slices by place)",
         images=np.stack(images),
         labels=np.minimum(labels, 1) if binary else labels,
-        subjects=np.array(subjects),
-        split=split_by_subject(np.array(subjects), settings.split, seed),
+        subjects=subjects,
+        split=split.astype(str),
         classes=("hippocampus",) if binary else ("anterior", "posterior"),
         symmetric=settings.symmetric,
         pixel_mm=1.0,

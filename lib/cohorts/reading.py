@@ -14,6 +14,7 @@ from lib.runs.params import ROOT
 
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # nibabel's way to say right, anterior, superior
 MM = {1: 1000.0, 3: 0.001}  # of a metre and a micron, by NIfTI's codes of units; any other, and none, is taken for mm
+EXTERNAL = "`external` names a folder of further cases that are only tested, laid out as the cohort's own"
 GZIP = 1100  # no gzip file unpacks to more than so many times its size
 
 
@@ -212,6 +213,18 @@ def mark_of(array):
     """The description in the header of a file that we write: a checksum of its content, the same in any byte order."""
     native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
     return f"joint segmentation {zlib.crc32(native):08x}".encode()
+
+
+def without(known, found, folder):
+    """``found``, a dictionary by case, without the cases that the cohort has already: what an external folder brings.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    further = {case: files for case, files in found.items() if case not in known}
+    if not further:
+        raise DataError(f"{folder} holds no case that the cohort does not have already: {EXTERNAL}")
+    return further
 
 
 def existing_folder(folder, how):

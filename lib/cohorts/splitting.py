@@ -4,7 +4,8 @@ import numpy as np
 
 from lib import DataError
 
-SPLITS = ("train", "validation", "test", "unseen")  # unseen: another anatomy, tested only
+TESTED = ("test", "unseen", "external")  # unseen: another anatomy; external: a further folder. Both are only tested
+SPLITS = ("train", "validation", *TESTED)
 
 
 def split_by_subject(subjects, sizes, seed):

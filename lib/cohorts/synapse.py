@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import DataError
-from lib.cohorts.reading import check_image, check_labels, existing_folder, files_by_case
+from lib.cohorts.reading import EXTERNAL, check_image, check_labels, existing_folder, files_by_case, without
 from lib.cohorts.volumes import assemble
 
 LABELS = {
@@ -89,6 +89,10 @@ def build(settings):
         volumes.append((case, case, split, rank, *(np.stack(each) for each in zip(*parts))))
     for rank, (case, files) in enumerate(tqdm(tested.items(), desc="reading synapse, test", unit="case", leave=False)):
         volumes.append((case, case, "test", rank, *read(files[0], read_h5)))
+    if settings.external:
+        found = files_by_case(existing_folder(settings.external, EXTERNAL), "case*.h5", EXTERNAL)
+        for rank, (case, files) in enumerate(without({*slices, *tested}, found, settings.external).items()):
+            volumes.append((case, case, "external", rank, *read(files[0], read_h5)))
     for case, *_, image, _ in volumes:
         check_image(image, f"{folder}: {case}")
     return assemble("synapse", "Synapse", volumes, tuple(LABELS.values())[1:], settings.size)

@@ -26,7 +26,7 @@ def ablation(per_image, rounds):
           over subjects) and p_holm, corrected over the variants of the same method and rate;
         - the best validation DSC: of joint+'s rounds, or during the training of CCT-R.
     """
-    test = per_image[~per_image["cohort"].str.contains("unseen")]
+    test = per_image[statistics.tested_split(per_image["cohort"]) == "test"]
     ablated = {name: method.companion for name, method in by_name().items() if method.companion}
     rows = []
     for (cohort, recipe, rate, label), group in test.groupby(["cohort", "recipe", "rate", "class"], sort=False):

@@ -5,6 +5,7 @@ over test subjects together, so that they say what another draw and other subjec
 """
 
 import argparse
+import json
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,12 +14,13 @@ import pandas as pd
 from lib.methods.table import by_name
 from lib.results import grid
 from lib.results.figures.charts import write
-from lib.results.statistics import average_classes
+from lib.results.statistics import FURTHER, average_classes, tested_split
 from lib.results.tables import as_markdown, figure
 from lib.runs import params
 
 RESAMPLES = 2000
 OURS = "joint+ (one stage)"
+SCORED = ["cohort", "method", "n_labelled", "seed", "subject", "class", "dsc", "hd95", "minutes", "device"]
 COLUMNS = [
     "cohort",
     "split",
@@ -36,6 +38,8 @@ COLUMNS = [
     "dsc_high",
     "dsc_of_draws_sd",
     "hd95_mean",
+    "minutes",
+    "device",
     "best_peer",
     "best_peer_difference",
     "difference_low",
@@ -45,13 +49,14 @@ COLUMNS = [
 
 def collect(settings):
     """Scores of all finished items of recipe ``fair``, classes averaged; without rows where there are none."""
-    frames = [
-        pd.read_csv(folder / "per_image.csv", dtype={"subject": str, "variant": str}, keep_default_na=False)
-        for folder in grid.finished(settings)
-        if folder.name.startswith("fair-")
-    ]
+    frames = []
+    for folder in grid.finished(settings):
+        if folder.name.startswith("fair-"):
+            rows = pd.read_csv(folder / "per_image.csv", dtype={"subject": str, "variant": str}, keep_default_na=False)
+            item = json.loads((folder / "item.json").read_text())
+            frames.append(rows.assign(minutes=item["minutes"], device=item["device"]))
     if not frames:
-        return pd.DataFrame(columns=["cohort", "method", "n_labelled", "seed", "subject", "class", "dsc", "hd95"])
+        return pd.DataFrame(columns=SCORED)
     together = average_classes(pd.concat(frames, ignore_index=True))
     return together[together["class"] == "mean"]
 
@@ -86,16 +91,17 @@ def contest(rows, settings):
         peer, the method with the highest mean DSC besides it, on the draws and subjects that both have.
     """
     training, table = settings.fair.training, []
-    for (cohort, labelled), group in rows.groupby(["cohort", "n_labelled"], sort=True):
+    rows = rows.assign(split=tested_split(rows["cohort"]))
+    for (split, cohort, labelled), group in rows.groupby(["split", "cohort", "n_labelled"], sort=True):
         scores = {method: by_draw(found, "dsc") for method, found in group.groupby("method")}
         peers = {method: float(found.to_numpy().mean()) for method, found in scores.items() if method != OURS}
         best = max(peers, key=peers.get) if peers else ""
         for method in (name for name in by_name() if name in scores):
-            found = scores[method]
+            found, own = scores[method], group[group["method"] == method]
             low, high = interval(found.to_numpy())
             row = {
                 "cohort": cohort,
-                "split": "test",
+                "split": split,
                 "recipe": "fair",
                 "method": method,
                 "n_labelled": labelled,
@@ -109,15 +115,17 @@ def contest(rows, settings):
                 "dsc_low": low,
                 "dsc_high": high,
                 "dsc_of_draws_sd": float(found.mean(axis=1).std()),
-                "hd95_mean": float(by_draw(group[group["method"] == method], "hd95").to_numpy().mean()),
+                "hd95_mean": float(by_draw(own, "hd95").to_numpy().mean()),
             }
+            row |= {"minutes": own.groupby("seed")["minutes"].first().mean(), "device": own["device"].mode()[0]}
             if method == OURS and best:
                 both = found.index.intersection(scores[best].index)
                 gain = (found.loc[both] - scores[best].loc[both]).to_numpy()
                 row |= {"best_peer": best, "best_peer_difference": float(gain.mean())}
                 row["difference_low"], row["difference_high"] = interval(gain)
             table.append(row)
-    return pd.DataFrame(table, columns=COLUMNS)
+    order = {split: place for place, split in enumerate(FURTHER)}
+    return pd.DataFrame(table, columns=COLUMNS).sort_values("split", key=lambda of: of.map(order), kind="stable")
 
 
 def markdown(table):
@@ -133,6 +141,7 @@ def markdown(table):
             )
         rows.append(
             {
+                **({"images": row["split"]} if len(table["split"].unique()) > 1 else {}),
                 "labelled": row["n_labelled"],
                 "method": row["method"],
                 "draws": row["draws"],
@@ -141,6 +150,7 @@ def markdown(table):
                 "sd of draws": figure(row["dsc_of_draws_sd"], 3),
                 "HD95 (px)": figure(row["hd95_mean"], 2),
                 "images seen": f"{row['images_seen']:,}",
+                "minutes": figure(row["minutes"], 1),
                 "hidden masks": row["hidden_masks"],
                 "difference from the best peer": gain,
             }
@@ -149,8 +159,9 @@ def markdown(table):
 
 
 def chart(table):
-    """DSC against the number of labels, a line per method with its interval as a band."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    """DSC against the number of labels and against minutes of training; a colour per method, intervals as bands."""
+    figure, (axes, cost) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    table = table[table["split"] == "test"]
     for name, method in by_name().items():
         rows = table[table["method"] == name]
         if len(rows):
@@ -159,6 +170,17 @@ def chart(table):
             axes.fill_between(
                 rows["n_labelled"], rows["dsc_low"], rows["dsc_high"], color=method.colour, alpha=0.12, lw=0
             )
+            cost.errorbar(
+                rows["minutes"],
+                rows["dsc_mean"],
+                (rows["dsc_mean"] - rows["dsc_low"], rows["dsc_high"] - rows["dsc_mean"]),
+                fmt="o",
+                color=method.colour,
+                elinewidth=1,
+            )
+            for _, row in rows.iterrows():
+                at = (row["minutes"], row["dsc_mean"])
+                cost.annotate(row["n_labelled"], at, (4, 3), textcoords="offset points", fontsize=7)
     if len(table):
         ticks = sorted(table["n_labelled"].unique())
         axes.set(xscale="log", title=f"{table['cohort'].iloc[0]}, recipe fair")
@@ -166,6 +188,7 @@ def chart(table):
         axes.minorticks_off()
         axes.legend(fontsize=8)
     axes.set(xlabel="labelled", ylabel="DSC")
+    cost.set(xlabel=f"minutes of training, {', '.join(sorted(table['device'].unique()))}; numbers: labelled")
     figure.tight_layout()
     return figure
 

@@ -9,10 +9,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from lib.cohorts.splitting import TESTED
 from lib.methods import table
 from lib.metrics import dice, harden, hausdorff, to_labels
 from lib.pseudo_masks import mean_confidence
 from lib.results.calibration import reliability
+from lib.results.statistics import FURTHER
 
 
 def score(prediction, truth, classes, spacing=None):
@@ -71,8 +73,9 @@ class Evaluation(NamedTuple):
 
 
 def title_of(cohort, split):
-    """How tables call the test images of a cohort, or those of its unseen anatomy."""
-    return cohort.title if split == "test" else cohort.title.replace(" (", ", unseen anatomy (")
+    """How tables call the test images of a cohort, or those of a further split of splitting.TESTED."""
+    name, *rest = cohort.title.split(" (", 1)
+    return " (".join([name + FURTHER[split], *rest])
 
 
 def module_of(stage):
@@ -113,7 +116,7 @@ def predict(experiment, index, only=None):
 
 
 def evaluate(experiment, only=None):
-    """Every method of one experiment on the test images, and on those of the unseen anatomy where there are any.
+    """Every method of one experiment on the test images, and on unseen and external ones where there are any.
 
     Args:
         experiment: Experiment, all of whose stages have run.
@@ -124,11 +127,13 @@ def evaluate(experiment, only=None):
     """
     cohort, data = experiment.cohort, experiment.data
     frames, bins, kept = [], [], {}
-    parts = {split: cohort.index(split) for split in ("test", "unseen") if len(cohort.index(split))}
+    parts = {split: cohort.index(split) for split in TESTED if len(cohort.index(split))}
     predicted = predict(experiment, np.concatenate(list(parts.values())), only)
-    for split, index in parts.items():
+    sizes = [len(index) for index in parts.values()]
+    predicted = {method: (number, masks.split(sizes)) for method, (number, masks) in predicted.items()}
+    for position, (split, index) in enumerate(parts.items()):
         for method, (number, masks) in predicted.items():
-            masks = masks[: len(index)] if split == "test" else masks[-len(index) :]
+            masks = masks[position]
             frame, reliable = describe(experiment, split, index, method, masks, data.masks[index])
             frames.append(frame.assign(round=number))
             bins.append(reliable)

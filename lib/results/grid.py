@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lib.methods import table
 from lib.runs import params, versions
+from lib.runs.cabinet import PAIRS, Cabinet
 
 EVALUATION = "08_evaluation"
 FIRST = ("joint_plus", "cctr")  # stages whose versions have a place in every item's key, whether they run or not
@@ -116,7 +117,7 @@ def key_of(item, settings):
         *params.CHOICES["cohort"],
     } - {settings.cohort}
     relevant = {key: value for key, value in own.items() if key not in others}
-    relevant[settings.cohort] = {key: value for key, value in own[settings.cohort].items() if key != "folder"}
+    relevant[settings.cohort] = content_of(own[settings.cohort])
     for whole, part in (section.split(".") for section in read if "." in section):
         if whole not in read:  # all that is read of it
             relevant[whole] = {part: own[whole][part]}
@@ -135,12 +136,17 @@ def key_of(item, settings):
     )
 
 
+def content_of(cohort):
+    """Settings of a cohort that its images depend on; ``external`` where there is one."""
+    return {name: value for name, value in cohort.items() if name != "folder" and (name != "external" or value)}
+
+
 def fair_key(item, own):
     """``key_of`` an item of recipe `fair`, which is of one stage: nothing that others read is in it."""
     read = ["recipe", "rate", "seed", "split_seed", "scale", "precision"]
     parts = ["training", "augmentation", item.stage]
     relevant = {name: own[name] for name in read}
-    relevant[own.cohort] = {name: value for name, value in own[own.cohort].items() if name != "folder"}
+    relevant[own.cohort] = content_of(own[own.cohort])
     registered = table.REGISTRATION in stages_of(item, own)
     if registered:
         relevant |= {"registration": own.registration, "refinement": own.joint_plus.refinement}
@@ -175,7 +181,8 @@ def finished(settings):
     for marker in sorted((params.output_root() / "results" / "grid" / settings.cohort).glob("*/item.json")):
         saved = json.loads(marker.read_text())
         try:
-            done = saved.pop("key") == key_of(Item(**saved), settings)
+            item = Item(**{name: saved[name] for name in Item._fields if name in saved})
+            done = saved["key"] == key_of(item, settings)
         except ValueError:  # a variant that params.yaml no longer has
             done = False
         if done:
@@ -183,6 +190,20 @@ def finished(settings):
         else:
             print(f"{marker.parent} is of other settings or code: left out, run the grid again")
     return found
+
+
+def cost_of(item, cohort):
+    """What the training of one method took: dictionary of minutes, device and threads; empty for an item of several.
+
+    Pre-training and registering pairs count where the method needs them.
+    """
+    if not item.stage:
+        return {}
+    (stage,) = (stage for stage in table.stages() if stage.name == item.stage)
+    cabinet = Cabinet(params.load(item.recipe, cohort, item.rate, item.seed), None)
+    files = [cabinet.cost_file(name) for name in [*stage.after, *[PAIRS] * bool(stage.after), stage.name]]
+    costs = [json.loads(file.read_text()) for file in files]
+    return {"minutes": round(sum(cost["seconds"] for cost in costs) / 60, 1), "device": costs[-1]["device"]}
 
 
 def run(item, settings, threads):
@@ -210,7 +231,9 @@ def run(item, settings, threads):
         done = subprocess.run(command, env=environment, cwd=params.ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{item.name}: {executed} failed\n{done.stderr[-2000:]}")
-    (folder / "item.json").write_text(json.dumps({**item._asdict(), "key": key}) + "\n")
+    (folder / "item.json").write_text(
+        json.dumps({**item._asdict(), "key": key, **cost_of(item, settings.cohort)}) + "\n"
+    )
 
 
 def main(arguments=()):

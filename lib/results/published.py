@@ -3,6 +3,7 @@
 import pandas as pd
 
 from lib.methods.table import by_name
+from lib.results.statistics import tested_split
 from lib.results.tables import as_markdown, spread
 
 # Table 1 of P1: method, rate -> DSC mean, sd, HD mean, sd
@@ -75,7 +76,7 @@ def beside_the_paper(table):
     Where there are published figures from the same data, it stands beside those instead.
     """
     table = table[(table["seed"].astype(str) == "all") & (table["class"] == "mean") & table["dsc_mean"].notna()]
-    ours = table[~table["cohort"].str.contains("unseen")]
+    ours = table[tested_split(table["cohort"]) == "test"]
     if set(ours["cohort"]) <= set(PUBLISHED):
         return beside_the_published(ours)
     rows, cohort = [], ours["cohort"].iloc[0]

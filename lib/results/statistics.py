@@ -10,7 +10,17 @@ from scipy import stats
 
 RESAMPLES = 10_000
 SCORES = ("dsc", "hd", "hd95")
+FURTHER = {"test": "", "unseen": ", unseen anatomy", "external": ", external"}  # in a cohort's title, by split
 IMAGE = ["seed", "subject", "slice"]  # only images that both methods have are compared
+
+
+def tested_split(titles):
+    """Which split of FURTHER every title of a cohort (a pandas.Series) names."""
+    found = pd.Series("test", titles.index)
+    for split, mark in FURTHER.items():
+        if mark:
+            found[titles.str.contains(mark, regex=False)] = split
+    return found
 
 
 def average_classes(per_image):

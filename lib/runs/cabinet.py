@@ -12,6 +12,7 @@ from lib.runs.files import replacing
 from lib.runs.params import work_folder
 
 WITHOUT_MASKS = ("registration",)  # stages that are the same at any rate, since they see no mask
+PAIRS = "pairs"  # the name under which it is noted what registering labelled images to unlabelled ones took
 
 
 def save_atomically(contents, file):

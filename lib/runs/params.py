@@ -124,6 +124,8 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         tree[name] = merge(tree.get(name, {}), budget, new_keys=True)
         by_recipe = {recipe: tree[name].pop(recipe, {}) for recipe in RECIPES}
         tree[name].update(by_recipe[tree.recipe])
+    by_cohort = {name: tree.fair.pop(name, {}) for name in CHOICES["cohort"]}
+    tree["fair"] = merge(tree.fair, by_cohort[tree.cohort], "params.yaml: fair")
     variants = tree.pop("variants")
     tree["variant"], tree["varied"] = variant or "", []
     if variant:

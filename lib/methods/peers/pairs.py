@@ -8,7 +8,8 @@ from tqdm import tqdm
 from lib.losses import gncc
 from lib.methods.experiment import load_pretrained_registration
 from lib.refinement import Refined
-from lib.training import draw_indices
+from lib.runs.cabinet import PAIRS
+from lib.training import Clock, draw_indices
 from lib.warping import warp
 
 
@@ -40,7 +41,7 @@ def register_pairs(experiment):
     generator = numerics.generator(experiment.settings.seed, "fair", "pairs")
     count = min(options.candidates, len(data.labelled))
     tried = experiment.draw_sources(data.unlabelled, count, generator)
-    size, sources, fields = numerics.batch(data.images), [], []
+    size, sources, fields, clock = numerics.batch(data.images), [], [], Clock(numerics.device)
     for targets, chosen in tqdm(list(zip(data.unlabelled.split(size), tried.split(size))), desc="pairs", unit="batch"):
         target, found, similar = data.images[targets], [], []
         for candidate in chosen.T:
@@ -52,6 +53,7 @@ def register_pairs(experiment):
         best = torch.stack(similar, 1).argsort(1, descending=True)[:, : options.kept]
         sources.append(chosen.gather(1, best))
         fields.append(torch.stack(found, 1)[torch.arange(len(best), device=best.device)[:, None], best])
+    experiment.note_cost(PAIRS, clock.read())
     return Fields(torch.cat(sources), torch.cat(fields))
 
 

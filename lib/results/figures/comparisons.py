@@ -6,6 +6,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from lib.methods.table import by_name
 from lib.results.calibration import pool
+from lib.results.statistics import tested_split
 
 
 def score_boxes(per_image):
@@ -50,7 +51,7 @@ def label_efficiency(table1, counted="images"):
         counted: what ``n_labelled`` counts: images, or patients.
     """
     of = by_name()
-    table = table1[(table1["class"] == "mean") & ~table1["cohort"].str.contains("unseen") & table1["method"].isin(of)]
+    table = table1[(table1["class"] == "mean") & (tested_split(table1["cohort"]) == "test") & table1["method"].isin(of)]
     recipes = [recipe for recipe in table["recipe"].unique() if recipe != "-"]
     size = (5 * len(recipes), 7)
     figure, axes = plt.subplots(2, len(recipes), figsize=size, squeeze=False, sharey="row", sharex=True)
