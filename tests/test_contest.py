@@ -22,6 +22,7 @@ def scores(methods, draws=(1, 2), subjects=12, labelled=(1, 5)):
                         "method": method,
                         "n_labelled": number,
                         "seed": seed,
+                        "variant": "",
                         "subject": f"s{subject}",
                         "class": "mean",
                         "dsc": base + level[method] + (0.01 if half else -0.01),
@@ -65,6 +66,20 @@ def test_the_interval_is_wider_where_draws_differ_and_narrower_with_more_subject
     low, high = contest.interval(alike)
     expected = 2 * 1.96 * subjects.std() / np.sqrt(40)
     assert low < alike.mean() < high and high - low == pytest.approx(expected, rel=0.15)
+
+
+def test_a_variant_is_compared_with_its_method_on_the_draws_that_both_have():
+    rows = scores([contest.OURS, "bcp"], labelled=(1,))
+    ours = rows[rows["method"] == contest.OURS]
+    worse = ours[ours["seed"] == 1].assign(variant="no pasting", dsc=ours["dsc"] - 0.02)
+    other = ours.assign(variant="never beside it", seed=9)
+    together = pd.concat([rows, worse, other], ignore_index=True)
+    table = contest.ablation(together)
+    assert table[["method", "variant", "draws"]].to_numpy().tolist() == [[contest.OURS, "no pasting", 1]]
+    assert table[["difference", "difference_low", "difference_high"]].iloc[0].tolist() == pytest.approx([-0.02] * 3)
+    assert "-0.020 to -0.020" in contest.ablation_markdown(table)
+    assert "No variant" in contest.ablation_markdown(contest.ablation(rows))
+    assert contest.contest(together, params.load()).equals(contest.contest(rows, params.load()))
 
 
 def test_external_cases_have_rows_of_their_own():

@@ -147,6 +147,26 @@ def test_the_most_similar_labelled_images_are_kept_and_a_pair_is_of_its_own_imag
     assert all(source in found.sources[at] for at, source in zip(index, sources)) and not fields.any()
 
 
+def test_random_fields_are_as_strong_as_those_that_they_replace_and_shuffled_ones_are_of_another_image():
+    strength = torch.rand(5, 2, 1, 1, 1, generator=draws()) * 4
+    found = pairs.Fields(
+        torch.arange(10).reshape(5, 2),
+        strength * augment.elastic(10, (24, 32), draws(), 5, 1.0).reshape(5, 2, 2, 24, 32),
+    )
+    rms = lambda fields: fields.square().mean(dim=(2, 3, 4)).sqrt()
+    random = found.random(torch.Generator().manual_seed(7), 5)
+    assert torch.equal(random.sources, found.sources) and torch.allclose(
+        rms(random.fields), rms(found.fields), rtol=1e-4
+    )
+    alike = (random.fields * found.fields).mean(dim=(2, 3, 4)) / rms(random.fields) / rms(found.fields)
+    assert alike.abs().mean() < 0.6
+    shuffled = found.shuffled()
+    for k in range(5):
+        assert torch.equal(shuffled.fields[k], found.fields[k - 1]) and torch.equal(
+            shuffled.sources[k], found.sources[k - 1]
+        )
+
+
 @pytest.mark.parametrize("stage", PEERS)
 def test_every_method_trains_sees_its_budget_and_predicts(trial, stage):
     trial.settings.fair.training |= {"steps": 6, "batch": 8}

@@ -1,7 +1,8 @@
 """`python -m lib.results.contest`: the methods of recipe `fair` beside one another, from what the grid has finished.
 
-Writes contest.csv, contest.md and contest.png to results/<cohort>/. Intervals are over draws of labelled images and
-over test subjects together, so that they say what another draw and other subjects may bring.
+Writes contest.csv, contest.md and contest.png to results/<cohort>/, and contest_ablation.csv and .md with the variants
+of a method. Intervals are over draws of labelled images and over test subjects together, so that they say what another
+draw and other subjects may bring.
 """
 
 import argparse
@@ -20,7 +21,18 @@ from lib.runs import params
 
 RESAMPLES = 2000
 OURS = "joint+ (one stage)"
-SCORED = ["cohort", "method", "n_labelled", "seed", "subject", "class", "dsc", "hd95", "minutes", "device"]
+SCORED = ["cohort", "method", "n_labelled", "seed", "variant", "subject", "class", "dsc", "hd95", "minutes", "device"]
+ABLATED = [
+    "cohort",
+    "method",
+    "n_labelled",
+    "variant",
+    "draws",
+    "dsc_mean",
+    "difference",
+    "difference_low",
+    "difference_high",
+]
 COLUMNS = [
     "cohort",
     "split",
@@ -91,7 +103,7 @@ def contest(rows, settings):
         peer, the method with the highest mean DSC besides it, on the draws and subjects that both have.
     """
     training, table = settings.fair.training, []
-    rows = rows.assign(split=tested_split(rows["cohort"]))
+    rows = rows[rows["variant"] == ""].assign(split=tested_split(rows["cohort"]))
     for (split, cohort, labelled), group in rows.groupby(["split", "cohort", "n_labelled"], sort=True):
         scores = {method: by_draw(found, "dsc") for method, found in group.groupby("method")}
         peers = {method: float(found.to_numpy().mean()) for method, found in scores.items() if method != OURS}
@@ -126,6 +138,46 @@ def contest(rows, settings):
             table.append(row)
     order = {split: place for place, split in enumerate(FURTHER)}
     return pd.DataFrame(table, columns=COLUMNS).sort_values("split", key=lambda of: of.map(order), kind="stable")
+
+
+def ablation(rows):
+    """Variants of a method beside the method itself, on the draws that both have: a frame with ABLATED.
+
+    Args:
+        rows: of ``collect``. Difference: variant minus method, on the test images.
+    """
+    table = []
+    rows = rows[tested_split(rows["cohort"]) == "test"]
+    for (cohort, method, labelled), group in rows.groupby(["cohort", "method", "n_labelled"], sort=True):
+        whole = group[group["variant"] == ""]
+        for variant, found in group[group["variant"] != ""].groupby("variant", sort=False):
+            varied, same = by_draw(found, "dsc"), by_draw(whole, "dsc")
+            both = varied.index.intersection(same.index)
+            if not len(both):
+                continue
+            change = (varied.loc[both] - same.loc[both]).to_numpy()
+            scores = len(both), float(varied.loc[both].to_numpy().mean()), float(change.mean())
+            table.append([cohort, method, labelled, variant, *scores, *interval(change)])
+    return pd.DataFrame(table, columns=ABLATED)
+
+
+def ablation_markdown(table):
+    """The ablation for reading."""
+    if not len(table):
+        return "No variant has been run.\n"
+    rows = [
+        {
+            "labelled": row["n_labelled"],
+            "method": row["method"],
+            "variant": row["variant"],
+            "draws": row["draws"],
+            "DSC": figure(row["dsc_mean"], 3),
+            "difference": f"{row['difference']:+.3f}",
+            "95 % interval": f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}",
+        }
+        for _, row in table.iterrows()
+    ]
+    return as_markdown(rows)
 
 
 def markdown(table):
@@ -197,7 +249,10 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m lib.results.contest", description=__doc__.splitlines()[0])
     parser.add_argument("cohort")
     settings = params.load(cohort=parser.parse_args().cohort)
-    table, results = contest(collect(settings), settings), params.results_folder(settings)
+    rows, results = collect(settings), params.results_folder(settings)
+    table, parts = contest(rows, settings), ablation(rows)
+    parts.round(6).to_csv(results / "contest_ablation.csv", index=False)
+    (results / "contest_ablation.md").write_text(ablation_markdown(parts))
     table.round(6).to_csv(results / "contest.csv", index=False)
     (results / "contest.md").write_text(markdown(table))
     write(chart(table), results / "contest.png")

@@ -95,7 +95,7 @@ def trained_stages(experiment, only=None):
         last = settings[stage.name].rounds if stage.rounds else None
         if only and stage.name != only:
             continue
-        own = not settings.variant or stage.varied_by or stage == table.BASELINE.stage
+        own = only or not settings.variant or stage.varied_by or stage == table.BASELINE.stage
         if own and stage.runs(settings, settings.recipe) and experiment.cabinet.file(stage.name, last).exists():
             yield stage
 

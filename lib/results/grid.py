@@ -62,8 +62,9 @@ def contest_of(settings):
     """As ``groups_of``, the items of section ``contest``: recipe ``fair``, one method each, a group per seed."""
     groups = {}
     for part in settings.contest.methods:
-        for seed, rate, stage in itertools.product(range(1, part.draws + 1), part.rates, part.stages):
-            groups.setdefault(seed, []).append(Item("fair", rate, seed, "", stage))
+        of = range(1, part.draws + 1), part.rates, part.stages, part.get("variants", [""])
+        for seed, rate, stage, variant in itertools.product(*of):
+            groups.setdefault(seed, []).append(Item("fair", rate, seed, variant, stage))
     return [groups[seed] for seed in sorted(groups)]
 
 
@@ -200,7 +201,7 @@ def cost_of(item, cohort):
     if not item.stage:
         return {}
     (stage,) = (stage for stage in table.stages() if stage.name == item.stage)
-    cabinet = Cabinet(params.load(item.recipe, cohort, item.rate, item.seed), None)
+    cabinet = Cabinet(params.load(item.recipe, cohort, item.rate, item.seed, item.variant), None)
     files = [cabinet.cost_file(name) for name in [*stage.after, *[PAIRS] * bool(stage.after), stage.name]]
     costs = [json.loads(file.read_text()) for file in files]
     return {"minutes": round(sum(cost["seconds"] for cost in costs) / 60, 1), "device": costs[-1]["device"]}

@@ -5,6 +5,9 @@ averaged network what it has learnt from both. A box of a labelled image, warped
 image, and the other way round, so that the organ lands where it belongs. Of the warped image the mask is exact. Of the
 unlabelled one the target is the mean of the averaged network's mask and the warped one, P1's soft pseudo-mask in one
 stage, and a pixel counts by their agreement.
+
+Closest to it are Zhao et al. (CVPR 2019), whose pairs it trains on, DeepAtlas (Xu and Niethammer, MICCAI 2019), where
+either network teaches the other, and BCP.
 """
 
 import torch
@@ -23,7 +26,8 @@ def train(experiment):
         known, masks = lesson.known(lesson.training.batch - 2 * count, generator)
         free, warped, exact = draw_pairs(lesson, fields, count, generator)
         said = lesson.teacher(free)
-        soft, agreement = (said + exact) / 2, 1 - (said - exact).abs().amax(dim=1, keepdim=True)
+        soft = torch.lerp(exact, said, options.teacher)
+        agreement = 1 - options.agreement * (said - exact).abs().amax(dim=1, keepdim=True)
         inside = box(count, free.shape[2:], options.share, generator)
         images = torch.cat((known, paste(warped, free, inside), paste(free, warped, inside)))
         target = torch.cat((masks, paste(exact, soft, inside), paste(soft, exact, inside)))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from lib.augment import elastic
 from lib.losses import gncc
 from lib.methods.experiment import load_pretrained_registration
 from lib.refinement import Refined
@@ -17,7 +18,7 @@ class Fields(NamedTuple):
     """For every unlabelled image the labelled images that fit it best, each with the field that warps it there."""
 
     sources: torch.Tensor  # (n, k) positions among the labelled images, the most similar first
-    fields: torch.Tensor  # (n, k, 2, height, width)
+    fields: torch.Tensor  # (n, k, 2, height, width), in pixels
 
     def draw(self, count, generator):
         """``count`` unlabelled images, each with one of its sources: positions, sources and fields."""
@@ -25,13 +26,28 @@ class Fields(NamedTuple):
         which = torch.randint(self.sources.shape[1], (count,), generator=generator, device=index.device)
         return index, self.sources[index, which], self.fields[index, which]
 
+    def random(self, generator, points):
+        """The same pairs with smooth random fields, each of the strength of the registered one: no registration at all.
+
+        Args:
+            points: see augment.elastic.
+        """
+        flat = self.fields.flatten(0, 1)
+        drawn = elastic(len(flat), flat.shape[2:], generator, points, 1.0)
+        strength = lambda field: field.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        return Fields(self.sources, (drawn * strength(flat) / strength(drawn)).reshape(self.fields.shape))
+
+    def shuffled(self):
+        """Every unlabelled image with the sources and fields of another one: real anatomy, but not its own."""
+        return Fields(self.sources.roll(1, 0), self.fields.roll(1, 0))
+
 
 @torch.no_grad()
 def register_pairs(experiment):
     """Register labelled images to all unlabelled ones, and refine every field for its pair.
 
     For every unlabelled image ``fair.pairs.candidates`` labelled ones are tried. The ``kept`` most similar ones after
-    registration (GNCC) stay. No mask is looked at.
+    registration (GNCC) stay. No mask is looked at. Setting ``control`` puts random or shuffled fields in their place.
 
     Returns:
         Fields.
@@ -54,7 +70,10 @@ def register_pairs(experiment):
         sources.append(chosen.gather(1, best))
         fields.append(torch.stack(found, 1)[torch.arange(len(best), device=best.device)[:, None], best])
     experiment.note_cost(PAIRS, clock.read())
-    return Fields(torch.cat(sources), torch.cat(fields))
+    found = Fields(torch.cat(sources), torch.cat(fields))
+    if options.control == "random":
+        return found.random(generator, experiment.settings.fair.augmentation.elastic.points)
+    return found.shuffled() if options.control == "shuffled" else found
 
 
 def draw_pairs(lesson, fields, count, generator):
