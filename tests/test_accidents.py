@@ -33,19 +33,15 @@ from lib.scans.store import Store
 SMALL = {
     "scale": "smoke",
     "folder.size": 32,
-    "scales.smoke.segmentation.max_steps": 2,
+    "scales.smoke.fair.training.steps": 2,
+    "scales.smoke.fair.training.batch": 4,
     "pseudo_masks.n": 1,
-    "scales.smoke.joint_plus.segmentation_epochs": 1,
-    "joint_plus.refine": False,
-    "joint_plus.pairs_per_image": 1,
-    "segmentation.batch": 2,
     "registration.batch": 2,
-    "joint_plus.batch": 3,
 }
 
 
 def settings_for(folder, **changes):
-    settings = params.load("strong", "folder", changes=[f"{key}={value}" for key, value in SMALL.items()])
+    settings = params.load("fair", "folder", changes=[f"{key}={value}" for key, value in SMALL.items()])
     settings.folder |= {"images": str(folder / "images"), "masks": str(folder / "masks"), "output": str(folder / "out")}
     settings.folder |= changes
     return settings

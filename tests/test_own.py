@@ -10,6 +10,7 @@ import torch
 from filelock import FileLock
 
 from lib import DataError
+from lib.cohorts import load_cohort
 from lib.cohorts.volumes import fit_labels
 from lib.compute import Numerics
 from lib.results.evaluation import score
@@ -20,7 +21,7 @@ from lib.scans.folder import Case, read_case
 from lib.scans.intake import build, chosen_slices, folds_of, subjects_of, take_in
 from lib.scans.model_file import load_model, save_model
 from lib.scans.store import Store
-from lib.scans.training import last_good_round, score_case
+from lib.scans.training import fold_settings, score_case
 
 
 def scan(seed, slices=3):
@@ -46,8 +47,8 @@ def fill(folder, cases=6, labelled=2, slices=3):
 
 def settings_for(folder, monkeypatch, **changes):
     monkeypatch.setenv("JOINT_SET", "scale=smoke")
-    settings = params.load("strong", "folder")
-    settings.segmentation |= {"epochs": 200, "max_steps": 80}
+    settings = params.load("fair", "folder")
+    settings.fair.training |= {"steps": 60}
     settings.pseudo_masks |= {"n": 2}
     settings.folder |= {
         "images": str(folder / "images"),
@@ -115,15 +116,37 @@ def test_every_case_gets_a_mask_and_a_confidence_map_on_its_own_grid(segmented):
     assert pd.read_csv(folder / "out" / "cases.csv")["case"].tolist() == table["case"].tolist()
 
 
-def test_fewer_than_five_labelled_cases_are_left_out_in_turn(segmented):
-    model = load_model(segmented[0] / "out" / "model.safetensors")
-    assert len(model.networks) == 2 and model.about["values"] == [2, 7]
-    assert segmented[1]["predicted_dsc"].between(0, 1).all()
+def test_below_ten_labelled_subjects_all_masks_train_and_halves_say_what_confidence_means(segmented):
+    folder, table = segmented
+    model = load_model(folder / "out" / "model.safetensors")
+    assert len(model.networks) == 1 and model.about["values"] == [2, 7]
+    assert table["predicted_dsc"].between(0, 1).all()
+    masked = [load_cohort(folder / "out" / "work" / "cohort" / "folder" / f"fold_{k}.npz").masked for k in range(3)]
+    trains = [
+        set(cohort.subjects[(cohort.split == "train") & cohort.masked])
+        for cohort in (load_cohort(folder / "out" / "work" / "cohort" / "folder" / f"fold_{k}.npz") for k in range(3))
+    ]
+    assert trains[0] == {"case 0", "case 1"} and sorted(map(sorted, trains[1:])) == [["case 0"], ["case 1"]]
+    assert not masked[0].all() and masked[1].all() and masked[2].all()  # unlabelled scans train the network alone
+
+
+def test_from_ten_labelled_subjects_on_a_fifth_is_held_out_and_a_single_one_cannot_be():
     names = [f"c{k}" for k in range(10)]
-    folds = lambda names, pattern="": folds_of(subjects_of(names, pattern), 1)
-    assert folds(names[:1]) == [()] and folds(names[:4]) == [("c0",), ("c1",), ("c2",), ("c3",)]
-    (held_out,) = folds(names)
-    assert len(held_out) == 2
+    folds = lambda count: folds_of(subjects_of(names[:count], ""), 1)
+    held_out, quick = folds(10)
+    assert len(held_out) == 2 and quick == []
+    held_out, quick = folds(5)
+    assert held_out == () and sorted(sum(quick, ())) == names[:5] and sorted(map(len, quick)) == [2, 3]
+    assert folds(1) == ((), [])
+
+
+def test_quick_networks_take_fewer_steps_and_memory_that_is_short_smaller_batches(monkeypatch, tmp_path):
+    settings = settings_for(tmp_path, monkeypatch)
+    settings.fair.training |= {"steps": 400, "batch": 16}
+    quick, small = fold_settings(settings, 1, quick=True), fold_settings(settings, 0, divisor=8)
+    assert quick.fair.training.steps == 100 and quick.folder.unlabelled == 0
+    assert small.fair.training.steps == 400 and small.fair.training.batch == 4 and small.registration.batch >= 1
+    assert settings.fair.training.batch == 16
 
 
 def test_cases_of_one_subject_are_held_out_together():
@@ -131,21 +154,13 @@ def test_cases_of_one_subject_are_held_out_together():
     subjects = subjects_of(names, "(sub-[0-9]+)")
     assert subjects["sub-03"] == ["sub-03_ses-1", "sub-03_ses-2"]
     assert len(subjects) == 11 and subjects["other"] == ["other"]
-    (held_out,) = folds_of(subjects, 1)
+    held_out, _ = folds_of(subjects, 1)
     assert all(len({name in held_out for name in members}) == 1 for members in subjects.values()) and len(held_out) >= 2
-    assert folds_of(subjects_of(names[:4], "(sub-[0-9]+)"), 1) == [tuple(names[:2]), tuple(names[2:4])]
+    _, quick = folds_of(subjects_of(names[:4], "(sub-[0-9]+)"), 1)
+    assert sorted(quick) == [tuple(names[:2]), tuple(names[2:4])]
     for wrong in ("sub-[0-9]+", "(sub"):
         with pytest.raises(DataError, match="folder.subject .* cannot be used"):
             subjects_of(names, wrong)
-
-
-def test_few_held_out_cases_refuse_a_bad_round_and_do_not_choose_among_good_ones():
-    splits = "validation", "unlabelled"
-    measured = lambda *scores: pd.DataFrame(
-        [{"round": k, "split": split, "dsc_segmentation": score} for k, score in enumerate(scores) for split in splits]
-    )
-    assert last_good_round(measured(0.936, 0.91, 0.934)) == 2
-    assert last_good_round(measured(0.936, 0.93, 0.80)) == 1
 
 
 def test_worse_views_of_held_out_cases_say_what_low_confidence_means(segmented):

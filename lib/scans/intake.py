@@ -13,7 +13,7 @@ from lib.compute import out_of_memory
 from lib.runs.versions import fingerprint
 from lib.scans.folder import find_cases, read_case
 
-LEAVE_ONE_OUT = 5  # below so many labelled subjects each is left out once
+HELD_OUT_FROM = 10  # labelled subjects; with fewer all train, and two quick networks say what confidence means
 SLICES = "upright, labels by share"  # how slices are made; another way has another name
 
 
@@ -156,20 +156,22 @@ def subjects_of(names, pattern):
 
 
 def folds_of(subjects, seed):
-    """Folds: for every network to be trained, the names of the labelled cases that are held out from it.
+    """What is held out: (names of the labelled cases held out from the network, those held out from quick networks).
 
-    Cases of one subject are held out together. A single subject cannot be held out: the only fold is then empty.
+    Cases of one subject are held out together. A single subject cannot be held out: nothing is.
 
     Args:
         subjects: of ``subjects_of``.
+
+    Returns:
+        (tuple of names, list of tuples of names, one per quick network).
     """
     cases = list(subjects.values())
-    if len(cases) == 1:
-        return [()]
-    if len(cases) < LEAVE_ONE_OUT:
-        return [tuple(names) for names in cases]
     order = np.random.default_rng([seed, 2]).permutation(len(cases))
-    return [tuple(name for k in sorted(order[: round(len(cases) / 5)]) for name in cases[k])]
+    names = lambda chosen: tuple(name for k in sorted(chosen) for name in cases[k])
+    if len(cases) >= HELD_OUT_FROM:
+        return names(order[: round(len(cases) / 5)]), []
+    return (), sorted((names(order[::2]), names(order[1::2]))) if len(cases) > 1 else []
 
 
 def build(settings, store, intake, held_out):

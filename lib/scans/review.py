@@ -10,15 +10,11 @@ import torch
 
 from lib.cohorts.reading import read_grid, read_scan
 from lib.cohorts.volumes import scaled
-from lib.methods.experiment import Experiment, finished_rounds
 from lib.metrics import dice
 from lib.results.calibration import predict_dsc
 from lib.results.figures.plots import OTHER, draw
-from lib.results.figures.viewer import Viewer, experiment_layers
-from lib.runs import params
-from lib.runs.params import cohort_file
+from lib.results.figures.viewer import Viewer
 from lib.scans.folder import find_cases, nifti_files
-from lib.scans.training import fold_settings
 
 
 class Review:
@@ -138,27 +134,11 @@ class Review:
         return figure
 
     def viewer(self):
-        """A Viewer of all cases, the least certain first: the result and, where it was trained here, every round.
-
-        Rounds are those of the first network; slices beyond those that it was trained with have the result alone.
-        """
-        rounds, seen, layers = ["result"], {}, None
+        """A Viewer of all cases, the least certain first."""
         order = self.table.sort_values(["predicted_dsc", "confidence"]).index
         counts = {name: read_grid(self.cases[name].image, self.model.about["axis"]).slices[0] for name in order}
-        with params.outputs_under(self.output):
-            own = fold_settings(self.settings, 0)
-            if not self.settings.folder.model and cohort_file(own).exists():
-                experiment = Experiment(own)
-                layers = experiment_layers(experiment)
-                cohort = experiment.cohort
-                seen = {
-                    (name, round(float(at) * (counts[name] - 1))): index
-                    for index, (name, at) in enumerate(zip(cohort.subjects, cohort.positions))
-                    if name in counts
-                }
-                rounds = [*finished_rounds(experiment, "joint_plus"), "result"]
 
-        def look(name, number, chosen):
+        def look(name, number, _):
             image, labels, confidence, drawn, aspect = self.volumes(name)
             found = {
                 "image": image[number],
@@ -166,13 +146,6 @@ class Review:
                 "confidence": confidence[number],
                 "aspect": aspect,
             }
-            if drawn is not None:
-                found["true mask"] = self.channels(drawn[number])
-            if chosen == "result":
-                return found
-            if (name, number) not in seen:
-                return {"image": image[number], "aspect": aspect}
-            with params.outputs_under(self.output):
-                return layers(seen[name, number], chosen)
+            return found if drawn is None else {**found, "true mask": self.channels(drawn[number])}
 
-        return Viewer(counts, look, rounds, self.model.about["classes"])
+        return Viewer(counts, look, classes=self.model.about["classes"])

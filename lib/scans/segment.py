@@ -13,13 +13,13 @@ from lib.cohorts.reading import read_grid
 from lib.compute import Numerics
 from lib.runs import params
 from lib.runs.files import append_line, read_lines, replacing
-from lib.runs.versions import JOINT_PLUS, NUMERICS, fingerprint
+from lib.runs.versions import FAIR, NUMERICS, fingerprint
 from lib.scans.applying import apply
 from lib.scans.folder import is_others
 from lib.scans.intake import chosen_slices, digest, take_in
 from lib.scans.model_file import load_model, save_model
 from lib.scans.store import Store
-from lib.scans.training import TOLERANCE, train
+from lib.scans.training import train
 
 
 @contextmanager
@@ -152,8 +152,9 @@ def summary(rows, classes, review):
 
 def trained(settings, store, intake, output):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
-    others = "grid", "contest", "fair", "folder", "cctr", "baseline", "varied", *params.CHOICES["cohort"]
-    relevant = {key: value for key, value in settings.items() if key not in others}
+    read = "seed", "scale", "device", "precision", "segmentation", "registration", "augmentation", "pseudo_masks"
+    relevant = {name: settings[name] for name in read} | {"refinement": settings.joint_plus.refinement}
+    relevant["fair"] = {name: settings.fair[name] for name in ("training", "augmentation", "pairs", "one_stage")}
     names = (
         "axis",
         "size",
@@ -164,11 +165,12 @@ def trained(settings, store, intake, output):
         "labelled",
         "degraded_views",
         "degradation",
+        "quick",
         "licence",
     )
     options = {name: settings.folder[name] for name in names}
     prints = [store.index[case.name]["fingerprint"] for case in intake.cases]
-    key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, JOINT_PLUS, TOLERANCE)
+    key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, FAIR)
     file = output / "model.safetensors"
     try:
         model = load_model(file)

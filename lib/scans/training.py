@@ -1,8 +1,8 @@
-"""Training on a folder of scans: networks by joint+, what is held out, and what confidence means.
+"""Training on a folder of scans: a network by joint+, and what its confidence means.
 
-With five or more labelled subjects, a fifth of them is held out. Their DSC says which rounds are good, and calibrates
-the predicted DSC. With two to four, each is left out once, and a mask is the mean over the networks. A single one
-cannot be held out.
+Below ten labelled subjects no mask is held out from the network: all train it. What its confidence means is learnt from
+two quick networks, each of half of the labelled subjects, which segment the other half. From ten subjects on a fifth is
+held out from the network itself. A single one cannot be held out.
 """
 
 import json
@@ -13,9 +13,9 @@ import torch
 
 from lib import DataError
 from lib.augment import augment
-from lib.methods.experiment import Experiment, load_measured, load_round
-from lib.methods.joint_plus import joint_plus_rounds
-from lib.methods.pretraining import pretrain_registration, pretrain_segmentation
+from lib.methods.experiment import Experiment
+from lib.methods.peers import elastic, one_stage
+from lib.methods.pretraining import pretrain_registration
 from lib.metrics import dice
 from lib.results.evaluation import score
 from lib.runs.params import Section, cohort_file, section
@@ -26,20 +26,20 @@ from lib.scans.intake import build, chosen_slices, class_names, folds_of, subjec
 from lib.scans.memory import with_less_memory
 from lib.scans.model_file import Model
 
-TOLERANCE = 0.01  # how far below the best round, in DSC of held-out cases, the one that is kept may be
+SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
 def train(settings, store, intake):
-    """Networks for a folder by joint+, one per fold.
+    """A network for a folder by joint+.
 
     Args:
-        settings: as params.load gives them, of cohort ``folder``.
+        settings: as params.load gives them, of recipe ``fair`` and cohort ``folder``.
         store: store.Store of the cases' slices.
         intake: intake.Intake.
 
     Returns:
         (model_file.Model, scores of the held-out cases: pandas.DataFrame with columns case, class, dsc, hd, hd95, the
-        latter two in mm).
+        latter two in mm). Below ten labelled subjects they are those of the quick networks.
 
     Raises:
         DataError: no case has a mask, no mask marks anything, or memory does not suffice.
@@ -64,69 +64,65 @@ def train(settings, store, intake):
         "symmetric": options.symmetric,
         "licence": options.licence,
     }
-    networks, keys, held, pairs = [], [], [], []
     subjects = subjects_of([case.name for case in intake.labelled], options.subject)
     number_of = {name: number for number, names in enumerate(subjects.values()) for name in names}
-    for number, held_out in enumerate(folds_of(subjects, settings.seed)):
-        train_one = lambda divisor: train_fold(settings, store, intake, number, held_out, divisor)
+    held, pairs, keys = [], [], []
+
+    def learn(number, held_out, quick=False):
+        """A network that has not seen the masks of ``held_out``; what they say of it is noted."""
+        train_one = lambda divisor: train_fold(settings, store, intake, number, held_out, quick, divisor)
         network, numerics, key = with_less_memory(train_one, "training")
-        networks.append(network.eval())
         keys.append(key)
-        for case in intake.labelled:
-            if case.name in held_out:
-                model, positions = Model([network], about), slices[case.name]
-                with_memory = lambda work, *more: with_less_memory(
-                    lambda divisor: work(model, case, store, positions, *more, numerics.sharing(1 / divisor)), case.name
-                )
-                scores, confidence = with_memory(score_case)
-                pairs.append([number_of[case.name], confidence, float(scores["dsc"].mean())])
-                pairs += [[number_of[case.name], *pair] for pair in with_memory(degraded_pairs, settings)]
-                held.append(scores.assign(image=case.name))
+        for case in (case for case in intake.labelled if case.name in held_out):
+            model, positions = Model([network.eval()], about), slices[case.name]
+            with_memory = lambda work, *more: with_less_memory(
+                lambda divisor: work(model, case, store, positions, *more, numerics.sharing(1 / divisor)), case.name
+            )
+            scores, confidence = with_memory(score_case)
+            pairs.append([number_of[case.name], confidence, float(scores["dsc"].mean())])
+            pairs.extend([number_of[case.name], *pair] for pair in with_memory(degraded_pairs, settings))
+            held.append(scores.assign(image=case.name))
+        return network.eval()
+
+    held_out, quick = folds_of(subjects, settings.seed)
+    network = learn(0, held_out)
+    for number, names in enumerate(quick, start=1):
+        learn(number, names, quick=True)
     columns = ["case", "class", "dsc", "hd", "hd95"]
     table = pd.concat(held).rename(columns={"image": "case"})[columns] if held else pd.DataFrame(columns=columns)
-    return Model(networks, {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
+    return Model([network], {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
 
 
-def train_fold(settings, store, intake, number, held_out, divisor=1):
-    """The network of one fold, with the device it is on and the fingerprint of what it was trained on.
+def train_fold(settings, store, intake, number, held_out, quick, divisor=1):
+    """A network, with the device it is on and the fingerprint of what it was trained on.
 
     Args:
-        number, held_out: which fold, and the names of the cases that validate.
+        number, held_out: which it is, and the names of the labelled cases that do not train.
+        quick: by the labelled images alone, for a part of the steps.
         divisor: of the batches, if memory does not suffice.
     """
-    own = fold_settings(settings, number, bool(held_out), divisor)
+    own = fold_settings(settings, number, quick, divisor)
     build(own, store, intake, held_out).save(cohort_file(own))
     experiment = Experiment(own)
     experiment.numerics.share = 1 / divisor
-    network, _ = pretrain_segmentation(experiment)
-    if len(experiment.data.unlabelled):
+    if quick or not len(experiment.data.unlabelled):
+        network, _ = elastic.train(experiment)
+    else:
         pretrain_registration(experiment)
-        joint_plus_rounds(experiment)
-        last = last_good_round(load_measured(experiment, "joint_plus")) if held_out else own.joint_plus.rounds
-        network = load_round(experiment, last, "joint_plus")[0][0]
+        network, _ = one_stage.train(experiment)
     return network, experiment.numerics, experiment.origin
 
 
-def last_good_round(measured):
-    """The last round whose DSC on the held-out cases is at most TOLERANCE below the best.
-
-    Held-out cases are few. They show that a round has gone wrong, but not which of several good ones is best.
-
-    Args:
-        measured: see experiment.load_measured.
-    """
-    scores = measured[measured["split"] == "validation"].set_index("round")["dsc_segmentation"]
-    return int(scores.index[scores >= scores.max() - TOLERANCE].max())
-
-
-def fold_settings(settings, number, validated=True, divisor=1):
-    """Settings of a fold; they lead back to its Experiment after training. See ``train_fold``."""
+def fold_settings(settings, number, quick=False, divisor=1):
+    """Settings of a network; see ``train_fold``."""
     own = section(json.loads(json.dumps(settings)))
     own["cohort"] = f"folder/fold_{number}"
-    for part in (own.segmentation, own.registration, own.joint_plus):
-        part["batch"] = max(1, part["batch"] // divisor)
-    if not validated:  # without held-out cases there is nothing to choose the weight on
-        own.joint_plus["fusion"] = "mean"
+    own.registration["batch"] = max(1, own.registration.batch // divisor)
+    training = own.fair.training
+    training["batch"] = max(SMALLEST_BATCH, training.batch // divisor)
+    if quick:
+        training["steps"] = max(1, round(own.folder.quick * training.steps))
+        own.folder["unlabelled"] = 0
     return own
 
 

@@ -15,7 +15,7 @@ def train(experiment):
         _, images, masks = draw_pairs(lesson, fields, lesson.training.batch, generator)
         return {"loss": lesson.loss(lesson.student(images), masks)}
 
-    return teach(experiment, "brainstorm", batch_loss, depends=fields)
+    return teach(experiment, "brainstorm", batch_loss, depends=[fields.cause])
 
 
 def predict(experiment, index):

@@ -12,7 +12,7 @@ from lib.methods.experiment import Prediction
 from lib.methods.mean_teacher import MeanTeacher
 from lib.methods.pretraining import save_network, segment
 from lib.runs.versions import FAIR, fingerprint
-from lib.training import draw_indices, fit, sums_of, weights_digest
+from lib.training import draw_indices, fit, weights_digest
 
 
 class Lesson:
@@ -72,7 +72,8 @@ def learn(experiment, stage, batch_loss, depends=(), begin=None, part=1.0):
     Args:
         stage: name of the method's stage; seeds the draws.
         batch_loss: function of Lesson, generator and step that gives named losses, ``loss`` first.
-        depends: what else the batches are made of, tensors (or None) and plain values.
+        depends: plain values that say what else the batches are made of: causes, such as the digest of a network, and
+            no sums of what it gave, which may differ in their last bits on a GPU.
         begin: weights to begin with; None for those of the seed.
         part: of the steps.
 
@@ -87,7 +88,6 @@ def learn(experiment, stage, batch_loss, depends=(), begin=None, part=1.0):
     networks = numerics.place(MeanTeacher(network, options.decay))
     lesson = Lesson(experiment, networks)
     steps = round(part * options.steps)
-    tensors = [one for one in depends if torch.is_tensor(one)]
     key = fingerprint(
         experiment.origin,
         FAIR,
@@ -97,8 +97,8 @@ def learn(experiment, stage, batch_loss, depends=(), begin=None, part=1.0):
         settings.fair.get(stage),
         steps,
         weights_digest(networks),
-        sums_of(lesson.labelled, lesson.masks, lesson.unlabelled, *tensors),
-        [one for one in depends if not torch.is_tensor(one)],
+        experiment.data.labelled.tolist(),
+        list(depends),
     )
     found = fit(
         networks,

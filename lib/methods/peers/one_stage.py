@@ -22,8 +22,9 @@ def train(experiment):
     fields, options = register_pairs(experiment), experiment.settings.fair.one_stage
 
     def batch_loss(lesson, generator, step):
-        count = (lesson.training.batch - options.labelled) // 2
-        known, masks = lesson.known(lesson.training.batch - 2 * count, generator)
+        batch = lesson.training.batch
+        count = max(1, round((1 - options.labelled) * batch / 2))
+        known, masks = lesson.known(batch - 2 * count, generator)
         free, warped, exact = draw_pairs(lesson, fields, count, generator)
         said = lesson.teacher(free)
         soft = torch.lerp(exact, said, options.teacher)
@@ -35,7 +36,7 @@ def train(experiment):
         weight = torch.cat((torch.ones_like(known), paste(ones, agreement, inside), paste(agreement, ones, inside)))
         return {"loss": lesson.loss(lesson.student(images), target, weight)}
 
-    return teach(experiment, "one_stage", batch_loss, depends=fields)
+    return teach(experiment, "one_stage", batch_loss, depends=[fields.cause])
 
 
 def predict(experiment, index):

@@ -10,7 +10,8 @@ from lib.losses import gncc
 from lib.methods.experiment import load_pretrained_registration
 from lib.refinement import Refined
 from lib.runs.cabinet import PAIRS
-from lib.training import Clock, draw_indices
+from lib.runs.versions import fingerprint
+from lib.training import Clock, draw_indices, weights_digest
 from lib.warping import warp
 
 
@@ -19,6 +20,7 @@ class Fields(NamedTuple):
 
     sources: torch.Tensor  # (n, k) positions among the labelled images, the most similar first
     fields: torch.Tensor  # (n, k, 2, height, width), in pixels
+    cause: str = ""  # fingerprint of what they were made from and how
 
     def draw(self, count, generator):
         """``count`` unlabelled images, each with one of its sources: positions, sources and fields."""
@@ -35,11 +37,11 @@ class Fields(NamedTuple):
         flat = self.fields.flatten(0, 1)
         drawn = elastic(len(flat), flat.shape[2:], generator, points, 1.0)
         strength = lambda field: field.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-        return Fields(self.sources, (drawn * strength(flat) / strength(drawn)).reshape(self.fields.shape))
+        return self._replace(fields=(drawn * strength(flat) / strength(drawn)).reshape(self.fields.shape))
 
     def shuffled(self):
         """Every unlabelled image with the sources and fields of another one: real anatomy, but not its own."""
-        return Fields(self.sources.roll(1, 0), self.fields.roll(1, 0))
+        return self._replace(sources=self.sources.roll(1, 0), fields=self.fields.roll(1, 0))
 
 
 @torch.no_grad()
@@ -53,7 +55,9 @@ def register_pairs(experiment):
         Fields.
     """
     data, numerics, options = experiment.data, experiment.numerics, experiment.settings.fair.pairs
-    network = Refined(load_pretrained_registration(experiment), experiment.settings.joint_plus.refinement).eval()
+    pretrained, refinement = load_pretrained_registration(experiment), experiment.settings.joint_plus.refinement
+    cause = fingerprint(weights_digest(pretrained), refinement, options, data.labelled.tolist())
+    network = Refined(pretrained, refinement).eval()
     generator = numerics.generator(experiment.settings.seed, "fair", "pairs")
     count = min(options.candidates, len(data.labelled))
     tried = experiment.draw_sources(data.unlabelled, count, generator)
@@ -70,7 +74,7 @@ def register_pairs(experiment):
         sources.append(chosen.gather(1, best))
         fields.append(torch.stack(found, 1)[torch.arange(len(best), device=best.device)[:, None], best])
     experiment.note_cost(PAIRS, clock.read())
-    found = Fields(torch.cat(sources), torch.cat(fields))
+    found = Fields(torch.cat(sources), torch.cat(fields), cause)
     if options.control == "random":
         return found.random(generator, experiment.settings.fair.augmentation.elastic.points)
     return found.shuffled() if options.control == "shuffled" else found

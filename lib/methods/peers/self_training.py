@@ -8,7 +8,7 @@ import torch
 
 from lib.methods.peers.learning import learn, prediction
 from lib.methods.pretraining import save_network, segment
-from lib.training import draw_indices
+from lib.training import draw_indices, weights_digest
 
 
 def train(experiment):
@@ -30,7 +30,7 @@ def train(experiment):
         images = torch.cat((known, lesson.light(free, generator)))
         return {"loss": lesson.loss(lesson.student(images), torch.cat((masks, target)))}
 
-    network, second = learn(experiment, "self_training", batch_loss, depends=[guessed], part=0.5)
+    network, second = learn(experiment, "self_training", batch_loss, depends=[weights_digest(teacher)], part=0.5)
     found = second._replace(seconds=first.seconds + second.seconds)
     save_network(experiment, "self_training", network, found)
     return network, found
