@@ -75,10 +75,10 @@ def start(folder, log):
 
 STAGES = [
     (signal.SIGTERM, lambda text, out: "reading:" in text),
-    (signal.SIGKILL, lambda text, out: "\nsegmentation:" in text),
     (signal.SIGINT, lambda text, out: "\nregistration:" in text),
-    (signal.SIGKILL, lambda text, out: "round 1: registration:" in text),
-    (signal.SIGTERM, lambda text, out: "round 1: segmentation:" in text),
+    (signal.SIGKILL, lambda text, out: "\npairs:" in text),
+    (signal.SIGTERM, lambda text, out: "\njoint+:" in text),
+    (signal.SIGKILL, lambda text, out: "\nelastic:" in text),
     (signal.SIGKILL, lambda text, out: any(out.glob("case*_mask.nii.gz"))),
 ]
 
@@ -178,7 +178,7 @@ def one_thread():
 
 @pytest.mark.parametrize("accident", ["killed", "full"])
 def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, one_thread, accident):
-    """Also what the clock cannot aim at: leaving cases out in turn, calibration, model, summary and pictures."""
+    """Also what the clock cannot aim at: quick networks, calibration, model, summary and pictures."""
     whole, struck = (fill(tmp_path / name / "folder", cases=3, labelled=2, slices=1) for name in ("whole", "struck"))
     call = "import sys, json, test_accidents; print(json.dumps(test_accidents.struck_at_every_write(*sys.argv[1:])))"
     command.segment(settings_for(whole))
@@ -193,11 +193,11 @@ def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, o
     assert done.returncode == 0, done.stderr[-2000:]
     writes, texts = json.loads(done.stdout.splitlines()[-1])
     expected = (
-        "images.bin labels.bin index.jsonl fold_0.npz fold_1.npz held_out.csv model.safetensors cases.jsonl "
+        "images.bin labels.bin index.jsonl fold_0.npz fold_1.npz fold_2.npz held_out.csv model.safetensors cases.jsonl "
         "cases.csv confidence.png least_certain.png"
     )
     assert {*expected.split(), "case 0_mask.nii.gz", "case 2_confidence.nii.gz"} <= {*writes}
-    assert sum(name.endswith(".pt") for name in writes) > 10 and len(texts) == len(writes)
+    assert sum(name.endswith(".pt") for name in writes) >= 5 and len(texts) == len(writes)
     for text in texts:
         assert text == "" if accident == "killed" else "make room; what is finished is kept, and the same" in text, text
     found, sound = outcome(struck), outcome(whole)
@@ -347,7 +347,7 @@ def test_one_labelled_image_and_little_memory_give_masks_that_are_all_to_be_revi
     folder = fill(tmp_path, cases=3, labelled=1, slices=1)
     memory.most = 8
     settings = settings_for(folder)
-    settings.segmentation["batch"] = 16
+    settings.fair.training["batch"] = 16
     table = segment_folder(settings)
     assert "training: out of memory with batches of 1/1" in capsys.readouterr().out
     assert (table["status"] == "done").all() and table["predicted_dsc"].isna().all() and table["review"].all()

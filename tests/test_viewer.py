@@ -347,19 +347,20 @@ BROWSER = pytest.mark.skipif(
 
 @pytest.mark.browser
 @BROWSER
-def test_own_scans_are_looked_at_round_by_round_in_jupyterlab(trial, lab, browser, tmp_path):
+def test_own_scans_are_looked_at_one_by_one_in_jupyterlab(trial, lab, browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     page = Page(browser, lab, "11_own_data")
-    page.wait(lambda: "round result: prediction" in page.text(page.STATUS), seconds=180)  # trained and segmented
-    seen = [page.picture()]
-    browser.find_element("css selector", ".jupyter-widgets select").send_keys(Keys.TAB)
-    page.press(Keys.TAB)  # from the slider of the cases to that of the rounds, as a scan has one slice
-    for number in "10":
-        page.press(Keys.ARROW_LEFT)
-        page.wait(lambda: f"round {number}: prediction" in page.text(page.STATUS), seconds=20)
+    page.wait(lambda: ": prediction" in page.text(page.STATUS), seconds=180)  # trained and segmented
+    seen, named = [page.picture()], [page.text(page.STATUS)]
+    browser.find_element("css selector", ".jupyter-widgets select").send_keys(Keys.TAB)  # to the slider of the cases
+    for _ in range(2):
+        page.press(Keys.ARROW_RIGHT)
+        page.wait(lambda: page.text(page.STATUS) not in named, seconds=20)
         page.wait(lambda: all(distance(page.picture(), other) > 0.001 for other in seen), seconds=20)
         seen.append(page.picture())
+        named.append(page.text(page.STATUS))
+    assert all(name.startswith("scan_") for name in named)
     browser.save_screenshot(str(tmp_path / "own.png"))
     assert "Traceback" not in page.text(".jp-Notebook")
 

@@ -66,7 +66,7 @@ class Lesson:
         return segmentation_loss(logits, target, self.experiment.pooled, weight)
 
 
-def learn(experiment, stage, batch_loss, depends=(), begin=None, part=1.0):
+def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None):
     """Train a network by the rules of the fair recipe.
 
     Args:
@@ -74,8 +74,8 @@ def learn(experiment, stage, batch_loss, depends=(), begin=None, part=1.0):
         batch_loss: function of Lesson, generator and step that gives named losses, ``loss`` first.
         depends: plain values that say what else the batches are made of: causes, such as the digest of a network, and
             no sums of what it gave, which may differ in their last bits on a GPU.
-        begin: weights to begin with; None for those of the seed.
         part: of the steps.
+        label: of the progress bar; None for the stage's name.
 
     Returns:
         (ResidualUNet with the averaged weights, Fit).
@@ -83,8 +83,6 @@ def learn(experiment, stage, batch_loss, depends=(), begin=None, part=1.0):
     settings, numerics = experiment.settings, experiment.numerics
     options = settings.fair.training
     network = experiment.segmentation_network()
-    if begin is not None:
-        network.load_state_dict(begin)
     networks = numerics.place(MeanTeacher(network, options.decay))
     lesson = Lesson(experiment, networks)
     steps = round(part * options.steps)
@@ -108,16 +106,16 @@ def learn(experiment, stage, batch_loss, depends=(), begin=None, part=1.0):
         schedule="one_cycle",
         weight_decay=options.weight_decay,
         generator=numerics.generator(settings.seed, "fair", stage),
-        label=stage,
+        label=label or stage,
         checkpoint=experiment.cabinet.checkpoint(key),
         after_step=networks.update,
     )
     return networks.teacher, found
 
 
-def teach(experiment, stage, batch_loss, depends=()):
-    """``learn``, and save the network: (ResidualUNet, Fit)."""
-    network, found = learn(experiment, stage, batch_loss, depends)
+def teach(experiment, stage, batch_loss, **options):
+    """``learn``, with its options, and save the network: (ResidualUNet, Fit)."""
+    network, found = learn(experiment, stage, batch_loss, **options)
     save_network(experiment, stage, network, found)
     return network, found
 

@@ -3,8 +3,8 @@
 Registration brings exact masks under real anatomical variation, copy-paste the unlabelled images as background, the
 averaged network what it has learnt from both. A box of a labelled image, warped onto an unlabelled one, goes into that
 image, and the other way round, so that the organ lands where it belongs. Of the warped image the mask is exact. Of the
-unlabelled one the target is the mean of the averaged network's mask and the warped one, P1's soft pseudo-mask in one
-stage, and a pixel counts by their agreement.
+unlabelled one the target is a mean of the warped mask and the averaged network's, P1's soft pseudo-mask in one stage. It
+begins with the warped mask and ends with the network's, which has learnt from all. A pixel counts by their agreement.
 
 Closest to it are Zhao et al. (CVPR 2019), whose pairs it trains on, DeepAtlas (Xu and Niethammer, MICCAI 2019), where
 either network teaches the other, and BCP.
@@ -23,11 +23,12 @@ def train(experiment):
 
     def batch_loss(lesson, generator, step):
         batch = lesson.training.batch
-        count = max(1, round((1 - options.labelled) * batch / 2))
+        count = max(1, int((1 - options.labelled) * batch / 2))
         known, masks = lesson.known(batch - 2 * count, generator)
         free, warped, exact = draw_pairs(lesson, fields, count, generator)
         said = lesson.teacher(free)
-        soft = torch.lerp(exact, said, options.teacher)
+        trusted = options.teacher * min(1.0, step / max(1.0, options.ramp * lesson.training.steps))
+        soft = torch.lerp(exact, said, trusted)
         agreement = 1 - options.agreement * (said - exact).abs().amax(dim=1, keepdim=True)
         inside = box(count, free.shape[2:], options.share, generator)
         images = torch.cat((known, paste(warped, free, inside), paste(free, warped, inside)))
@@ -36,7 +37,7 @@ def train(experiment):
         weight = torch.cat((torch.ones_like(known), paste(ones, agreement, inside), paste(agreement, ones, inside)))
         return {"loss": lesson.loss(lesson.student(images), target, weight)}
 
-    return teach(experiment, "one_stage", batch_loss, depends=[fields.cause])
+    return teach(experiment, "one_stage", batch_loss, depends=[fields.cause], label="joint+")
 
 
 def predict(experiment, index):
