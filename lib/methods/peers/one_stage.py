@@ -3,8 +3,8 @@
 Registration brings exact masks under real anatomical variation, copy-paste the unlabelled images as background, the
 averaged network what it has learnt from both. A box of a labelled image, warped onto an unlabelled one, goes into that
 image, and the other way round, so that the organ lands where it belongs. Of the warped image the mask is exact. Of the
-unlabelled one the target is a mean of the warped mask and the averaged network's, P1's soft pseudo-mask in one stage. It
-begins with the warped mask and ends with the network's, which has learnt from all. A pixel counts by their agreement.
+unlabelled one the target is a mean of the warped mask and the averaged network's: P1's soft pseudo-mask in one stage.
+It begins with the warped mask and ends with the network's, which has learnt from all. A pixel counts by agreement.
 
 Closest to it are Zhao et al. (CVPR 2019), whose pairs it trains on, DeepAtlas (Xu and Niethammer, MICCAI 2019), where
 either network teaches the other, and BCP.
