@@ -4,7 +4,9 @@ Registration brings exact masks under real anatomical variation, copy-paste the 
 averaged network what it has learnt from both. A box of a labelled image, warped onto an unlabelled one, goes into that
 image, and the other way round, so that the organ lands where it belongs. Of the warped image the mask is exact. Of the
 unlabelled one the target is a mean of the warped mask and the averaged network's: P1's soft pseudo-mask in one stage.
-It begins with the warped mask and ends with the network's, which has learnt from all. A pixel counts by agreement.
+It begins with the warped mask and ends with the network's, which has learnt from all. A pixel counts by their agreement
+in the beginning, and fully in the end. Half of what is pasted is not warped, as in BCP: where registration fails, the
+other half does not.
 
 Closest to it are Zhao et al. (CVPR 2019), whose pairs it trains on, DeepAtlas (Xu and Niethammer, MICCAI 2019), where
 either network teaches the other, and BCP.
@@ -29,7 +31,11 @@ def train(experiment):
         said = lesson.teacher(free)
         trusted = options.teacher * min(1.0, step / max(1.0, options.ramp * lesson.training.steps))
         soft = torch.lerp(exact, said, trusted)
-        agreement = 1 - options.agreement * (said - exact).abs().amax(dim=1, keepdim=True)
+        agreement = 1 - (1 - trusted) * options.agreement * (said - exact).abs().amax(dim=1, keepdim=True)
+        as_they_are = int(options.unwarped * count)
+        own, own_masks = lesson.known(as_they_are, generator)
+        warped = torch.cat((warped[as_they_are:], own))
+        exact = torch.cat((exact[as_they_are:], own_masks))
         inside = box(count, free.shape[2:], options.share, generator)
         images = torch.cat((known, paste(warped, free, inside), paste(free, warped, inside)))
         target = torch.cat((masks, paste(exact, soft, inside), paste(soft, exact, inside)))
