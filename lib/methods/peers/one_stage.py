@@ -32,10 +32,9 @@ def train(experiment):
         trusted = options.teacher * min(1.0, step / max(1.0, options.ramp * lesson.training.steps))
         soft = torch.lerp(exact, said, trusted)
         agreement = 1 - (1 - trusted) * options.agreement * (said - exact).abs().amax(dim=1, keepdim=True)
-        as_they_are = int(options.unwarped * count)
-        own, own_masks = lesson.known(as_they_are, generator)
-        warped = torch.cat((warped[as_they_are:], own))
-        exact = torch.cat((exact[as_they_are:], own_masks))
+        if plain := int(options.unwarped * count):
+            own, own_masks = lesson.known(plain, generator)
+            warped, exact = torch.cat((warped[plain:], own)), torch.cat((exact[plain:], own_masks))
         inside = box(count, free.shape[2:], options.share, generator)
         images = torch.cat((known, paste(warped, free, inside), paste(free, warped, inside)))
         target = torch.cat((masks, paste(exact, soft, inside), paste(soft, exact, inside)))
