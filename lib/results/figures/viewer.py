@@ -147,7 +147,8 @@ class Viewer:
     def save(self, file, number):
         """Write all layers of the slice that is chosen now, as they are in round ``number``, as PNG."""
         case, slice, _ = self.chosen
-        Path(file).write_bytes(self.render(case, slice, number, "all", True, f"{case}, round {number}"))
+        title = f"{case}, round {number}" if len(self.round.options) > 1 else case
+        Path(file).write_bytes(self.render(case, slice, number, "all", True, title))
 
     def show(self):
         """Display the widget, and below it the still picture: all layers of the slice that is chosen now.
