@@ -39,7 +39,8 @@ def test_the_same_seed_gives_the_same_bytes(raw, settings, tmp_path):
 def test_splits_subjects_and_the_unseen_anatomy(raw, settings):
     cohort = midbrain.build(settings, 1, raw)
     check_split(cohort.subjects, cohort.split)
-    assert {split: len(cohort.index(split)) for split in SPLITS} == {**settings.split, "unseen": settings.unseen}
+    sizes = {**settings.split, "unseen": settings.unseen, "external": 0}
+    assert {split: len(cohort.index(split)) for split in SPLITS} == sizes
     assert all(name.startswith("unseen") for name in cohort.subjects[cohort.index("unseen")])
     assert "simulated" in cohort.title
 

@@ -129,7 +129,7 @@ def test_the_most_similar_labelled_images_are_kept_and_a_pair_is_of_its_own_imag
     """The registration moves nothing, so that the best source is the one that looks most like the target as it is."""
     data = trial.data
     still = SimpleNamespace(eval=lambda: still, register=lambda source, target: torch.zeros(len(source), 2, 32, 32))
-    monkeypatch.setattr(pairs, "load_pretrained_registration", lambda experiment: None)
+    monkeypatch.setattr(pairs, "load_pretrained_registration", lambda experiment: torch.nn.Identity())
     monkeypatch.setattr(pairs, "Refined", lambda network, options: still)
     trial.settings.fair.pairs |= {"candidates": 5, "kept": 2}
     found = pairs.register_pairs(trial)
