@@ -6,17 +6,20 @@ Licence CC BY-NC-SA 4.0. The download needs a registration, so the folder is alw
 import re
 
 import numpy as np
+from scipy import ndimage
 from tqdm import tqdm
 
 from lib import DataError
 from lib.cohorts.reading import EXTERNAL, existing_folder, files_by_case, read_pair, without
-from lib.cohorts.volumes import assemble
+from lib.cohorts.volumes import assemble, scaled
 
 LABELS = {0: "background", 1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
 HOW = (
     "register at https://www.creatis.insa-lyon.fr/Challenge/acdc, download the training set, unpack it, and run with "
     "-S acdc.folder=PATH"
 )
+MOTION_SCALE = 0.1  # over which motion is smoothed, of the longer side: half a heart
+CENTRE_SCALE = 0.25  # standard deviation of where the heart is expected around the middle, of the longer side
 
 
 def numbered(numbers):
@@ -96,11 +99,37 @@ def build(settings):
         further = without(set(sum(SPLIT.values(), [])), further, settings.external)
         found |= further
         chosen["external"] = list(further)
-    volumes = []
+    volumes, boxes = [], []
     for split, patients in chosen.items():
         for rank, patient in enumerate(tqdm(patients, desc=f"reading acdc, {split}", unit="patient", leave=False)):
             for image_file, mask_file in found[patient]:
                 image, mask, _ = read_pair(image_file, mask_file, LABELS)
                 name = image_file.name.split(".")[0]
                 volumes.append((name, patient, split, rank, np.moveaxis(image, 2, 0), np.moveaxis(mask, 2, 0)))
-    return assemble("acdc", "ACDC", volumes, tuple(LABELS.values())[1:], settings.size)
+            if settings.window:
+                boxes += [heart_box(*(image for *_, image, _ in volumes[-2:]), settings.window)] * 2
+    return assemble("acdc", "ACDC", volumes, tuple(LABELS.values())[1:], settings.size, boxes)
+
+
+def heart_box(diastole, systole, window):
+    """A square box around what moves between the two frames, which is the heart; no mask is looked at.
+
+    Args:
+        diastole, systole: ``(slices, height, width)`` of one shape; otherwise the box is around the middle.
+        window: side of the box, as a share of the longer side of the slices.
+
+    Returns:
+        See volumes.VolumeCohort.boxes.
+    """
+    height, width = diastole.shape[1:]
+    longer, middle = max(height, width), (height // 2, width // 2)
+    if diastole.shape == systole.shape:
+        moved = np.abs(scaled(diastole) - scaled(systole)).mean(axis=0)
+        smooth = ndimage.gaussian_filter(moved, MOTION_SCALE * longer)
+        away = [(np.arange(length) - length / 2) / (CENTRE_SCALE * longer) for length in (height, width)]
+        central = np.exp(-(away[0][:, None] ** 2 + away[1] ** 2) / 2)  # vessels and breath move at the edges, too
+        middle = np.unravel_index((smooth * central).argmax(), smooth.shape)
+    side = round(window * longer)
+    inside = lambda first, length: min(max(first, 0), length - side) if side <= length else (length - side) // 2
+    row, column = (inside(int(at) - side // 2, length) for at, length in zip(middle, (height, width)))
+    return row, column, side, side

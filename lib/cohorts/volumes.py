@@ -20,6 +20,8 @@ class VolumeCohort(Cohort):
         positions: ``(slices,)`` float32 along the axis, 0 the first slice of its volume, 1 the last.
         ranks: ``(slices,)`` place of the slice's subject in the order in which subjects are labelled.
         shapes: ``(volumes, 3)`` original height, width and slices, in the order in which the volumes stand.
+        boxes: ``(volumes, 4)`` what the slices show of it: first row, first column, rows and columns in its own pixels.
+            A box may reach beyond the volume.
         truth: ``(voxels,)`` uint8, the original labels of all volumes that do not train, one after another, slices
             first. Only those volumes are scored by them.
     """
@@ -28,6 +30,7 @@ class VolumeCohort(Cohort):
     positions: np.ndarray
     ranks: np.ndarray
     shapes: np.ndarray
+    boxes: np.ndarray
     truth: np.ndarray
 
     of_volumes: ClassVar[bool] = True
@@ -72,6 +75,20 @@ class VolumeCohort(Cohort):
         height, width, slices = self.shapes[number]
         start = sizes[:number].sum()
         return self.truth[start : start + sizes[number]].reshape(slices, height, width)
+
+    def restore(self, number, masks):
+        """Masks of the volume at place ``number`` at its original size; outside the box there is nothing.
+
+        Args:
+            masks: tensor ``(slices, classes, size, size)`` in [0, 1].
+
+        Returns:
+            tensor ``(slices, classes, height, width)`` float32 on the CPU.
+        """
+        height, width, _ = self.shapes[number]
+        row, column, rows, columns = map(int, self.boxes[number])
+        inside = F.interpolate(masks.float().cpu(), size=(rows, columns), mode="bilinear", align_corners=False)
+        return F.pad(inside, (column, width - column - columns, row, height - row - rows))
 
     def matches(self, index, sources):
         """For every slice: the slice of every volume among ``sources`` that lies nearest along the axis.
@@ -139,7 +156,17 @@ def scaled(image):
     return min_max(np.clip(image, low, high)) if high > low else min_max(image)
 
 
-def assemble(name, title, volumes, classes, size):
+def cut(stack, box):
+    """What a box shows of ``(slices, height, width)``; beyond the edges there are zeros. See VolumeCohort.boxes."""
+    row, column, rows, columns = box
+    height, width = stack.shape[1:]
+    shown = np.zeros((len(stack), rows, columns), stack.dtype)
+    top, left, bottom, right = max(row, 0), max(column, 0), min(row + rows, height), min(column + columns, width)
+    shown[:, top - row : bottom - row, left - column : right - column] = stack[:, top:bottom, left:right]
+    return shown
+
+
+def assemble(name, title, volumes, classes, size, boxes=()):
     """A VolumeCohort of whole volumes.
 
     Args:
@@ -147,13 +174,15 @@ def assemble(name, title, volumes, classes, size):
         volumes: list of (id, subject, split, rank of the subject, image, labels), both ``(slices, height, width)``.
         classes: name of every foreground class.
         size: side of the resized slices.
+        boxes: of every volume, see VolumeCohort; empty for the whole volumes.
     """
+    boxes = boxes or [(0, 0, *image.shape[1:]) for *_, image, _ in volumes]
     tested = [labels for _, _, split, *_, labels in volumes if split != "train"]
     columns = {key: [] for key in ("images", "labels", "subjects", "split", "volumes", "positions", "ranks")}
-    for volume, subject, split, rank, image, labels in volumes:
+    for (volume, subject, split, rank, image, labels), box in zip(volumes, boxes, strict=True):
         count = len(image)
-        columns["images"].append(fit_to(scaled(image), size))
-        columns["labels"].append(fit_labels(labels, size))
+        columns["images"].append(fit_to(cut(scaled(image), box), size))
+        columns["labels"].append(fit_labels(cut(labels, box), size))
         for key, value in (("subjects", subject), ("split", split), ("volumes", volume), ("ranks", rank)):
             columns[key].append(np.full(count, value))
         columns["positions"].append(np.linspace(0, 1, count, dtype=np.float32))
@@ -164,6 +193,7 @@ def assemble(name, title, volumes, classes, size):
         symmetric=False,
         pixel_mm=1.0,
         shapes=np.array([(*image.shape[1:], len(image)) for *_, image, _ in volumes]),
+        boxes=np.array(boxes),
         truth=np.concatenate([labels.astype(np.uint8).ravel() for labels in tested]),
         **{key: np.concatenate(parts) for key, parts in columns.items()},
     )

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 from lib.cohorts.splitting import TESTED
 from lib.methods import table
@@ -55,7 +54,7 @@ def score_volumes(cohort, masks, index):
         if len(position) == 0:
             continue
         truth = torch.as_tensor(cohort.original(number).astype(np.int64))
-        seen = F.interpolate(masks[position].float().cpu(), size=truth.shape[1:], mode="bilinear", align_corners=False)
+        seen = cohort.restore(number, masks[position])
         hard = [
             torch.stack([found == value for value in range(1, len(cohort.classes) + 1)])[None]
             for found in (to_labels(seen), truth)

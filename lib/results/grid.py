@@ -61,7 +61,7 @@ def groups_of(settings):
 def contest_of(settings):
     """As ``groups_of``, the items of section ``contest``: recipe ``fair``, one method each, a group per seed."""
     groups = {}
-    for part in settings.contest.methods:
+    for part in settings.contest.methods[settings.cohort]:
         of = range(1, part.draws + 1), part.rates, part.stages, part.get("variants", [""])
         for seed, rate, stage, variant in itertools.product(*of):
             groups.setdefault(seed, []).append(Item("fair", rate, seed, variant, stage))

@@ -218,6 +218,7 @@ def build(settings, store, intake, held_out):
         positions=np.array([k / max(1, len(store.images(name)) - 1) for name, k, *_ in rows], np.float32),
         ranks=np.zeros(len(rows), int),
         shapes=np.zeros((0, 3), int),
+        boxes=np.zeros((0, 4), int),
         truth=np.zeros(0, np.uint8),
     )
 
