@@ -82,7 +82,7 @@ def by_demons(source, target, settings):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cohort")
-    settings = params.load("fair", parser.parse_args().cohort)
+    settings = params.load("strong", parser.parse_args().cohort)
     torch.set_num_threads(1)
     experiment = Experiment(settings)
     network, _ = pretrain_registration(experiment)
@@ -99,7 +99,7 @@ def main():
     ways = {
         "none": lambda: torch.zeros(len(source), 2, *source.shape[2:]),
         "MrRegNet": lambda: by_network(network, source, target, None),
-        "MrRegNet, refined": lambda: by_network(network, source, target, settings.joint_plus.refinement),
+        "MrRegNet, refined": lambda: by_network(network, source, target, settings.refinement),
         "SimpleITK, affine and Demons": lambda: one_by_one(lambda *pair: by_demons(*pair, settings.classical)),
         "ANTs SyN": lambda: one_by_one(by_syn),
     }

@@ -72,33 +72,6 @@ def per_image(values, images):
     return values.reshape(-1, *[1] * (images.ndim - 1))
 
 
-def augment(images, masks, generator, settings, flip, maps=None):
-    """The strong recipe's augmentation of a training batch: one affine map for image and mask, then intensity.
-
-    Args:
-        images: ``(batch, 1, height, width)`` in [0, 1]; with ``maps``, any number of axes.
-        masks: ``(batch, classes, height, width)``, moved with exactly the map of their image.
-        settings: half-widths of uniform ranges: rotation (degrees), scaling, shift (of the side), gamma, contrast,
-            brightness; and noise_std.
-        flip: whether the anatomy is symmetric.
-        maps: Affine, one per image; None draws them.
-
-    Returns:
-        Augmented (images, masks), same shapes and ranges.
-    """
-    n, side = len(images), max(images.shape[-2:])
-    maps = maps or draw_affine(
-        n, side, generator, rotation=settings.rotation, scaling=settings.scaling, shift=settings.shift, flip=flip
-    )
-    images, masks = maps.apply(images), maps.apply(masks, padding="zeros")
-    gamma = per_image(uniform(n, settings.gamma, generator).exp(), images)
-    images = images.clamp(0, 1).pow(gamma)
-    images = change_contrast(images, 1 + uniform(n, settings.contrast, generator))
-    images = images + per_image(uniform(n, settings.brightness, generator), images)
-    noise = torch.randn(images.shape, generator=generator, device=generator.device)
-    return (images + settings.noise_std * noise).clamp(0, 1), masks
-
-
 def elastic(n, space, generator, points, std):
     """``n`` smooth random displacement fields ``(n, axes, *space)`` in pixels, of images with two axes.
 
@@ -129,10 +102,12 @@ def lower_resolution(images, factor):
 
 
 def place(images, masks, generator, settings, flip, bend=True):
-    """The fair recipe's geometric augmentation: an affine map and an elastic deformation, the same for image and mask.
+    """The strong recipe's geometric augmentation: an affine map and an elastic deformation, the same for image and mask.
 
     Args:
-        images, masks, flip: see ``augment``.
+        images: ``(n, 1, height, width)`` in [0, 1].
+        masks: ``(n, classes, height, width)``, moved with exactly the map of their image.
+        flip: whether the anatomy is symmetric.
         settings: rotation (degrees), scaling, shift (of the side), half-widths of uniform ranges; and elastic: points,
             std (of the side), see ``elastic``.
         bend: whether there is an elastic deformation at all.
@@ -151,7 +126,7 @@ def place(images, masks, generator, settings, flip, bend=True):
 
 
 def light(images, generator, settings):
-    """The fair recipe's augmentation of intensities; nothing moves.
+    """The strong recipe's augmentation of intensities; nothing moves.
 
     Gamma, contrast and brightness change in every image; blur, low resolution and noise come with the probabilities of
     nnU-Net (Isensee et al., Nature Methods 2021).

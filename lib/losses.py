@@ -36,7 +36,7 @@ def soft_dice_loss(prediction, target, pooled=False):
 
 
 def segmentation_loss(logits, target, pooled=False, weight=None):
-    """Binary cross-entropy of every class plus soft Dice, half and half: the loss of the fair recipe.
+    """Binary cross-entropy of every class plus soft Dice, half and half: the loss of recipe `strong`.
 
     Args:
         logits: ``(batch, classes, *space)``.

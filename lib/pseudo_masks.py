@@ -160,11 +160,6 @@ def generate(
     return PseudoMasks(*(torch.cat(part) for part in zip(*parts)))
 
 
-def fuse(masks, weight):
-    """PseudoMasks whose soft mask is ``weight`` segmentation and ``1 - weight`` registration; 0.5 is P1's mean."""
-    return masks._replace(soft=weight * masks.segmentation + (1 - weight) * masks.registration)
-
-
 def mean_confidence(soft, case=None):
     """Mean confidence of each soft mask, in [0.5, 1].
 

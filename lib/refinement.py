@@ -58,9 +58,3 @@ class Refined(nn.Module):
     def register(self, source, target):
         """As MrRegNet.register, then ``refine``."""
         return refine(self.network.register(source, target), source, target, self.options)
-
-
-def refined(networks, options):
-    """(ResidualUNet, MrRegNet), the registration refined by ``options.refinement`` where ``options.refine`` is set."""
-    segmentation, registration = networks
-    return (segmentation, Refined(registration, options.refinement)) if options.refine else networks

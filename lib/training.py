@@ -110,10 +110,10 @@ def fit(
         checkpoint: where an interrupted run is kept, such as runs.cabinet.Checkpoint: ``load()`` gives the dictionary
             that was last given to ``save(contents)``, or None. None keeps nothing.
         validate: function of the network that gives a score, or a list of them, one for each of ``parts``. The weights
-            with the best score are kept.
-        checks: how many times ``validate`` is called, evenly spaced.
+            with the best score are kept; without it those of the last step.
+        checks: how many times ``validate`` and ``watch`` are called, evenly spaced.
         after_step: called after every step, for averages of the weights that are part of ``network``.
-        watch: function of the network, called after ``validate``. The tensors that it gives are kept.
+        watch: function of the network. The tensors that it gives are kept.
         parts: modules of the network. Each is validated by itself and ends with its own best weights.
 
     Returns:
@@ -176,12 +176,13 @@ def fit(
             pending = []
             bar.set_postfix({name: f"{value:.3f}" for name, value in zip(losses, values[-1])}, refresh=False)
             # A check is due if one of the evenly spaced ones lies in the steps since the last look.
-            if validate and (last or (step + 1) * checks // steps > (step + 1 - HOST_STEPS) * checks // steps):
-                scores = listed(validate(network))
-                history[-1] |= dict(zip(columns, scores, strict=True))
+            if last or (step + 1) * checks // steps > (step + 1 - HOST_STEPS) * checks // steps:
+                if validate:
+                    scores = listed(validate(network))
+                    history[-1] |= dict(zip(columns, scores, strict=True))
+                    best.update(network, scores)
                 if watch:
                     watched.append((step + 1, watch(network)))
-                best.update(network, scores)
             if checkpoint and (last or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
                 checkpoint.save(contents(step + 1))
                 saved_at = time.monotonic()

@@ -1,7 +1,6 @@
 """A cohort: 2D slices with masks, subjects and a split by subject; and the same on the device."""
 
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -91,8 +90,6 @@ class Tensors:
 
     Args:
         cohort, settings, numerics: of the experiment.
-        order: function of these tensors that gives the training images in the order in which they are labelled,
-            called when labelled images are first asked for; None for a random order.
 
     Attributes:
         images: ``(slices, 1, height, width)``; masks: ``(slices, classes, height, width)``.
@@ -100,16 +97,17 @@ class Tensors:
         example: index ``(1,)`` of a training image that is unlabelled at every rate below 100 %, for pictures.
     """
 
-    def __init__(self, cohort, settings, numerics, order=None):
+    def __init__(self, cohort, settings, numerics):
         self.cohort = cohort
         self.images = numerics.tensor(cohort.images[:, None])
         self.masks = numerics.tensor(one_hot(cohort.labels, len(cohort.classes)))
         self.as_index = lambda index: torch.as_tensor(index, device=numerics.device)
         self.train, self.validation = self.as_index(cohort.index("train")), self.as_index(cohort.index("validation"))
         self.symmetric = cohort.symmetric
-        self.drawn = cohort.order(settings.seed)
-        self.count = cohort.count(settings.rate)
-        self.order = order
+        ordered, count = cohort.order(settings.seed), cohort.count(settings.rate)
+        self.labelled = self.as_index(np.sort(ordered[:count]))
+        self.unlabelled = self.as_index(np.sort(ordered[count:]))
+        self.example = self.as_index([cohort.example(ordered)])
         self.along = self.as_index(cohort.positions) if hasattr(cohort, "positions") else None
 
     def known(self, index):
@@ -119,20 +117,3 @@ class Tensors:
     def positions(self, index):
         """Where slices of volumes lie along the axis, in [0, 1]; None where the images are not from volumes."""
         return None if self.along is None else self.along[index]
-
-    @cached_property
-    def ordered(self):
-        """Indices of the training images in the order in which they are labelled."""
-        return self.order(self) if self.order else self.drawn
-
-    @cached_property
-    def labelled(self):
-        return self.as_index(np.sort(self.ordered[: self.count]))
-
-    @cached_property
-    def unlabelled(self):
-        return self.as_index(np.sort(self.ordered[self.count :]))
-
-    @cached_property
-    def example(self):
-        return self.as_index([self.cohort.example(self.ordered)])

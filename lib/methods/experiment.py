@@ -14,7 +14,6 @@ from lib.models import MrRegNet, ResidualUNet
 from lib.runs.cabinet import WITHOUT_MASKS, Cabinet
 from lib.runs.params import cohort_file
 from lib.runs.versions import NUMERICS, VOLUMES, fingerprint
-from lib.selection import coverage_order
 
 
 class Prediction(NamedTuple):
@@ -46,24 +45,16 @@ class Experiment:
         file = cohort_file(settings)
         self.cohort = load_cohort(file)
         self.pooled = self.cohort.of_volumes
-        self.data = Tensors(
-            self.cohort, settings, self.numerics, self.annotation_order if settings.coverage.choose else None
-        )
+        self.data = Tensors(self.cohort, settings, self.numerics)
         self.origin = fingerprint(
             hashlib.sha256(file.read_bytes()).hexdigest(),
             NUMERICS,
-            [settings[key] for key in ("cohort", "recipe", "seed", "augmentation", "pseudo_masks")],
+            [settings[key] for key in ("cohort", "recipe", "seed", "pseudo_masks")],
             str(self.numerics.device),
             self.numerics.precision,
             torch.__version__,
             *[VOLUMES] * self.pooled,
         )
-
-    def annotation_order(self, data):
-        """The training images in the order in which they cover the cohort best, see lib.selection."""
-        network = load_pretrained_registration(self)
-        generator = self.numerics.generator(self.settings.seed, "coverage")
-        return coverage_order(network, data, data.drawn, self.settings.coverage, self.numerics, generator)
 
     def segmentation_network(self):
         """A ResidualUNet with the seed's initial weights, on the device."""
@@ -133,25 +124,25 @@ def load_pretrained(experiment):
     return segmentation, load_pretrained_registration(experiment)
 
 
-def load_round(experiment, number, stage="joint"):
-    """Both networks after round ``number`` (0: before the first), and what was saved with them."""
-    saved = experiment.cabinet.load(stage, number)
+def load_round(experiment, number):
+    """Both networks after joint round ``number`` (0: before the first), and what was saved with them."""
+    saved = experiment.cabinet.load("joint", number)
     networks = experiment.segmentation_network(), experiment.registration_network()
     for network, name in zip(networks, ("segmentation", "registration")):
         network.load_state_dict(saved[name])
     return networks, saved
 
 
-def finished_rounds(experiment, stage="joint"):
-    """Numbers of the rounds of a stage that have been saved."""
-    numbers = range(experiment.settings[stage].rounds + 1)
-    return [number for number in numbers if experiment.cabinet.file(stage, number).exists()]
+def finished_rounds(experiment):
+    """Numbers of the joint rounds that have been saved."""
+    numbers = range(experiment.settings.joint.rounds + 1)
+    return [number for number in numbers if experiment.cabinet.file("joint", number).exists()]
 
 
-def load_measured(experiment, stage="joint"):
-    """What was measured in all rounds, one row per round and split."""
-    numbers = range(experiment.settings[stage].rounds + 1)
-    return pd.DataFrame([row for number in numbers for row in load_round(experiment, number, stage)[1]["measured"]])
+def load_measured(experiment):
+    """What was measured in all joint rounds, one row per round and split."""
+    numbers = range(experiment.settings.joint.rounds + 1)
+    return pd.DataFrame([row for number in numbers for row in load_round(experiment, number)[1]["measured"]])
 
 
 def best_rounds(measured):
@@ -168,39 +159,27 @@ def best_rounds(measured):
     return {method: int(validation[column].idxmax()) for method, column in columns.items()}
 
 
-def predict_rounds(experiment, index, stage, methods, seen_by=lambda networks: networks):
-    """Masks of a stage that was trained in rounds. Each method is tested with the round that was best for it.
+def predict_rounds(experiment, index):
+    """Masks of ``joint``, ``registration`` and ``combined``, each by the round that was best for it.
 
     Args:
         index: of the images.
-        methods: three names: of the mean of the warped masks, of the segmentation network's mask, and of the
-            (weighted) mean of all 2N masks.
-        seen_by: function of the two networks that gives the two that make the masks, such as with refinement.
 
     Returns:
         Dictionary of method to Prediction.
     """
-    chosen = best_rounds(load_measured(experiment, stage))
+    chosen = best_rounds(load_measured(experiment))
     masks = {}
     for number in sorted(set(chosen.values())):
-        networks, kept = load_round(experiment, number, stage)
-        made = experiment.generate(seen_by(networks), index, f"test, {stage} round {number}", "test", stage, number)
-        masks[number] = pseudo_masks.fuse(made, kept.get("weight", 0.5))
+        networks, _ = load_round(experiment, number)
+        masks[number] = experiment.generate(networks, index, f"test, joint round {number}", "test", "joint", number)
     fields = {"registration": "registration", "joint": "plain", "combined": "soft"}
-    return {
-        method: Prediction(chosen[name], getattr(masks[chosen[name]], field))
-        for method, (name, field) in zip(methods, fields.items(), strict=True)
-    }
+    return {name: Prediction(chosen[name], getattr(masks[chosen[name]], field)) for name, field in fields.items()}
 
 
-def rounds_of(experiment, stage, name, methods):
-    """Rows of rounds.csv of a stage that was trained in rounds; arguments as ``predict_rounds``.
-
-    Args:
-        name: of the stage in the table. ``best_for`` names the methods that are tested with a round.
-    """
-    measured = load_measured(experiment, stage)
-    best = dict(zip(("registration", "joint", "combined"), methods, strict=True))
+def rounds_of(experiment):
+    """Rows of rounds.csv of the joint rounds. ``best_for`` names the methods that are tested with a round."""
+    measured = load_measured(experiment)
     chosen = best_rounds(measured)
-    named = measured["round"].map(lambda n: " ".join(best[m] for m, number in chosen.items() if number == n))
-    return measured.assign(stage=name, best_for=named)
+    named = measured["round"].map(lambda n: " ".join(method for method, number in chosen.items() if number == n))
+    return measured.assign(stage="joint", best_for=named)

@@ -10,11 +10,8 @@ from lib.methods.experiment import load_pretrained, predict_rounds, rounds_of
 from lib.methods.pretraining import train_registration, train_segmentation
 from lib.metrics import dice
 from lib.pseudo_masks import mean_confidence
-from lib.training import steps_of
+from lib.training import steps_of, weights_digest
 from lib.warping import inverse_consistency_error, warp
-
-STAGE = "joint"
-METHODS = "registration", "joint", "combined"
 
 
 class Rounds(NamedTuple):
@@ -80,10 +77,10 @@ def measure(experiment, networks, masks, split, number):
     }
 
 
-def save_round(experiment, stage, number, networks, measured, **more):
+def save_round(experiment, number, networks, measured):
     """Save both networks after a round, with what was measured of them."""
     weights = {name: network.state_dict() for name, network in zip(("segmentation", "registration"), networks)}
-    experiment.cabinet.save({**weights, "measured": measured, **more}, stage, number)
+    experiment.cabinet.save({**weights, "measured": measured}, "joint", number)
 
 
 def joint_rounds(experiment):
@@ -112,11 +109,12 @@ def joint_rounds(experiment):
         }
         measured = [measure(experiment, networks, masks[split], split, number) for split in masks]
         rows += measured
-        save_round(experiment, "joint", number, networks, measured)
+        save_round(experiment, number, networks, measured)
         if number == options.rounds:
             break
         targets = torch.cat((data.masks[data.labelled], masks["unlabelled"].soft))
         after = number + 1
+        depends = [data.labelled.tolist(), *map(weights_digest, networks)]
         for train, network, epochs, peak, more in (
             (train_segmentation, networks[0], options.segmentation_epochs, options.segmentation_learning_rate, {}),
             (
@@ -138,6 +136,7 @@ def joint_rounds(experiment):
                 peak=peak,
                 label=f"round {after}: {name}",
                 names=("joint", name, after),
+                depends=depends,
                 **more,
             )
             seconds += found.seconds
@@ -146,16 +145,11 @@ def joint_rounds(experiment):
     return Rounds(pd.DataFrame(rows), pd.concat(histories, ignore_index=True))
 
 
-def seeing(experiment, networks):
-    """The two networks as they make masks."""
-    return networks
-
-
 def predict(experiment, index):
     """Masks of ``joint``, ``registration`` and ``combined``. See methods.table."""
-    return predict_rounds(experiment, index, STAGE, METHODS)
+    return predict_rounds(experiment, index)
 
 
 def rounds(experiment):
     """Rows of rounds.csv. See methods.table."""
-    return rounds_of(experiment, STAGE, "joint", METHODS)
+    return rounds_of(experiment)

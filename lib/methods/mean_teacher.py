@@ -6,12 +6,11 @@ import math
 import torch
 from torch import nn
 
-from lib.augment import augment
 from lib.losses import soft_dice_loss
 from lib.methods.experiment import Prediction
 from lib.methods.pretraining import save_network, segment, validation_dice
 from lib.runs.versions import MEAN_TEACHER, fingerprint
-from lib.training import draw_indices, fit, steps_of, sums_of, weights_digest
+from lib.training import draw_indices, fit, steps_of, weights_digest
 
 
 class MeanTeacher(nn.Module):
@@ -46,7 +45,7 @@ def ramp_up(step, start, end):
 
 
 def train_mean_teacher(experiment):
-    """Mean Teacher on the labelled and unlabelled images, with the steps, batches and augmentation of FS.
+    """Mean Teacher on the labelled and unlabelled images, with the steps and batches of FS (P1, section 3.2).
 
     From ``start`` on, the student is also to agree with its teacher on unlabelled images (mean squared difference).
     Each of the two sees its own noise. The teacher is validated, kept and tested.
@@ -73,15 +72,11 @@ def train_mean_teacher(experiment):
         weight = options.consistency * ramp_up(step, start, full)
         if weight:
             free = unlabelled[draw_indices(len(unlabelled), recipe.batch, generator)]
-            # One batch, so that all are augmented alike. Unlabelled images have no target: no loss reads these zeros.
             images = torch.cat((images, free))
-            target = torch.cat((target, torch.zeros_like(target[:1]).expand(len(free), -1, -1, -1)))
-        if recipe.augmentation == "strong":
-            images, target = augment(images, target, generator, settings.augmentation, data.symmetric)
         with numerics.autocast():
             prediction = networks.student.segment(noisy(images, generator) if weight else images)
         count = recipe.batch
-        supervised = soft_dice_loss(prediction[:count], target[:count], experiment.pooled)
+        supervised = soft_dice_loss(prediction[:count], target, experiment.pooled)
         consistency = torch.zeros_like(supervised)
         if weight:
             with torch.no_grad(), numerics.autocast():
@@ -101,7 +96,7 @@ def train_mean_teacher(experiment):
         recipe,
         steps,
         weights_digest(networks),
-        sums_of(labelled, masks, unlabelled),
+        data.labelled.tolist(),
     )
     found = fit(
         networks,

@@ -2,18 +2,17 @@
 
 import torch
 
-from lib.augment import augment
 from lib.losses import registration_loss, soft_dice_loss
 from lib.methods.experiment import Prediction
 from lib.metrics import dice
 from lib.models import pad_to_multiple
 from lib.runs.versions import fingerprint
-from lib.training import draw_indices, fit, steps_of, sums_of, weights_digest
+from lib.training import draw_indices, fit, steps_of, weights_digest
 
 NEAREST_OF = 8  # slices of volumes are paired with the nearest along the axis of so many
 
 
-def train_segmentation(experiment, network, images, masks, *, steps, peak, label, names):
+def train_segmentation(experiment, network, images, masks, *, steps, peak, label, names, depends):
     """Minimise the soft Dice loss, eq. (1), of ``network`` on images and (soft) masks.
 
     Args:
@@ -24,24 +23,24 @@ def train_segmentation(experiment, network, images, masks, *, steps, peak, label
         peak: learning rate.
         label: of the progress bar.
         names: words and numbers that seed the draws and name the work.
+        depends: plain values that say what the images and masks are: causes, such as the indices of labelled images and
+            digests of networks, and no sums, which may differ in their last bits on a GPU.
 
     Returns:
         Fit. The network ends with the weights that were best on the validation images.
     """
-    settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
+    settings, numerics = experiment.settings, experiment.numerics
     options = settings.segmentation
 
     def batch_loss(generator, step):
         index = draw_indices(len(images), options.batch, generator)
         batch, target = images[index], masks[index]
-        if options.augmentation == "strong":
-            batch, target = augment(batch, target, generator, settings.augmentation, data.symmetric)
         with numerics.autocast():
             prediction = network.segment(batch)
         return {"loss": soft_dice_loss(prediction, target, experiment.pooled)}
 
     key = fingerprint(
-        experiment.origin, "segmentation", options, names, steps, peak, weights_digest(network), sums_of(images, masks)
+        experiment.origin, "segmentation", options, names, steps, peak, weights_digest(network), list(depends)
     )
     return fit(
         network,
@@ -57,15 +56,12 @@ def train_segmentation(experiment, network, images, masks, *, steps, peak, label
     )
 
 
-def train_registration(
-    experiment, network, images, masks, *, steps, peak, label, names, smoothness=None, positions=None
-):
+def train_registration(experiment, network, images, masks, *, steps, peak, label, names, depends, positions=None):
     """Minimise the registration objective, eq. (3), of ``network`` on random pairs of images.
 
     Args:
         masks: ``(n, classes, height, width)`` that guide the registration, or None in pre-training.
         steps: of the optimiser.
-        smoothness: weights, coarsest level first; None for those of the settings.
         positions: ``(n,)`` of the images along the axis of their volumes: each is then paired with the nearest of
             NEAREST_OF drawn ones; None pairs at random.
         The other arguments are those of train_segmentation.
@@ -73,9 +69,8 @@ def train_registration(
     Returns:
         Fit. The network ends with the weights of the last step.
     """
-    settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
+    settings, numerics = experiment.settings, experiment.numerics
     options = settings.registration
-    smoothness = smoothness or options.smoothness
 
     def batch_loss(generator, step):
         index = draw_indices(len(images), 2 * options.batch, generator)
@@ -85,15 +80,13 @@ def train_registration(
             index[options.batch :] = drawn.gather(1, distance.argmin(1, keepdim=True))[:, 0]
         batch = images[index]
         guides = masks[index] if masks is not None else images[index, :0]
-        if options.augmentation == "strong":
-            batch, guides = augment(batch, guides, generator, settings.augmentation, data.symmetric)
         (both,) = pad_to_multiple(torch.cat((batch, guides), 1))
         batch, guides = both[:, :1], both[:, 1:]
         half = options.batch
         with numerics.autocast():
             levels = network(batch[:half], batch[half:])
         pair = (guides[:half], guides[half:]) if masks is not None else (None, None)
-        losses = registration_loss(levels, batch[:half], batch[half:], smoothness, *pair)
+        losses = registration_loss(levels, batch[:half], batch[half:], options.smoothness, *pair)
         named = {"loss": losses.total, "similarity": losses.similarity, "smoothness": losses.smoothness}
         return named if masks is None else {**named, "dice": losses.dice}
 
@@ -101,12 +94,11 @@ def train_registration(
         experiment.origin,
         "registration",
         options,
-        smoothness,
         names,
         steps,
         peak,
         weights_digest(network),
-        sums_of(images, masks),
+        list(depends),
     )
     return fit(
         network,
@@ -149,6 +141,7 @@ def pretrain_segmentation(experiment):
         peak=options.learning_rate,
         label="segmentation",
         names=("segmentation", "pretraining"),
+        depends=data.labelled.tolist(),
     )
     save_network(experiment, "segmentation", network, found)
     return network, found
@@ -167,10 +160,11 @@ def pretrain_registration(experiment):
         network,
         data.images[data.train],
         None,
-        steps=steps_of(options.epochs, len(data.train), options.batch),
+        steps=steps_of(options.epochs, len(data.train), options.batch, options.max_steps),
         peak=options.learning_rate,
         label="registration",
         names=("registration", "pretraining"),
+        depends=(),
         positions=data.positions(data.train),
     )
     save_network(experiment, "registration", network, found)

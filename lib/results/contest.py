@@ -1,4 +1,4 @@
-"""`python -m lib.results.contest`: the methods of recipe `fair` beside one another, from what the grid has finished.
+"""`python -m lib.results.contest`: the methods of recipe `strong` beside one another, from what the grid has finished.
 
 Writes contest.csv, contest.md and contest.png to results/<cohort>/, and contest_ablation.csv and .md with the variants
 of a method. Intervals are over draws of labelled images and over test subjects together, so that they say what another
@@ -20,7 +20,8 @@ from lib.results.tables import as_markdown, figure
 from lib.runs import params
 
 RESAMPLES = 2000
-OURS = "joint+ (one stage)"
+SELECTIONS = {"": "none", "chosen by validation": "validation", "validation masks train": "training"}  # by variant
+OURS = "joint+"
 SCORED = ["cohort", "method", "n_labelled", "seed", "variant", "subject", "class", "dsc", "hd95", "minutes", "device"]
 ABLATED = [
     "cohort",
@@ -60,10 +61,10 @@ COLUMNS = [
 
 
 def collect(settings):
-    """Scores of all finished items of recipe ``fair``, classes averaged; without rows where there are none."""
+    """Scores of all finished items of recipe ``strong``, classes averaged; without rows where there are none."""
     frames = []
     for folder in grid.finished(settings):
-        if folder.name.startswith("fair-"):
+        if folder.name.startswith("strong-"):
             rows = pd.read_csv(folder / "per_image.csv", dtype={"subject": str, "variant": str}, keep_default_na=False)
             item = json.loads((folder / "item.json").read_text())
             frames.append(rows.assign(minutes=item["minutes"], device=item["device"]))
@@ -96,15 +97,18 @@ def contest(rows, settings):
 
     Args:
         rows: of ``collect``.
-        settings: of the pipeline; section ``fair`` says how many images were seen.
+        settings: of the pipeline; section ``strong`` says how many images were seen.
 
     Returns:
-        pandas.DataFrame with COLUMNS, one row per number of labels and method. The difference is joint+'s from its best
-        peer, the method with the highest mean DSC besides it, on the draws and subjects that both have.
+        pandas.DataFrame with COLUMNS, one row per number of labels, selection and method. The difference is joint+'s
+        from its best peer, the method with the highest mean DSC besides it and the same selection, on the draws and
+        subjects that both have.
     """
-    training, table = settings.fair.training, []
-    rows = rows[rows["variant"] == ""].assign(split=tested_split(rows["cohort"]))
-    for (split, cohort, labelled), group in rows.groupby(["split", "cohort", "n_labelled"], sort=True):
+    training, table, looked_at = settings.strong.training, [], validation_masks(settings)
+    rows = rows[rows["variant"].isin(SELECTIONS)]
+    rows = rows.assign(split=tested_split(rows["cohort"]), selection=rows["variant"].map(SELECTIONS))
+    keys = ["split", "cohort", "n_labelled", "selection"]
+    for (split, cohort, labelled, selection), group in rows.groupby(keys, sort=True):
         scores = {method: by_draw(found, "dsc") for method, found in group.groupby("method")}
         peers = {method: float(found.to_numpy().mean()) for method, found in scores.items() if method != OURS}
         best = max(peers, key=peers.get) if peers else ""
@@ -114,11 +118,11 @@ def contest(rows, settings):
             row = {
                 "cohort": cohort,
                 "split": split,
-                "recipe": "fair",
+                "recipe": "strong",
                 "method": method,
                 "n_labelled": labelled,
-                "selection": "none",
-                "hidden_masks": 0,
+                "selection": selection,
+                "hidden_masks": 0 if selection == "none" else looked_at,
                 "images_seen": training.steps * training.batch,
                 "tta": "no",
                 "draws": len(found),
@@ -140,6 +144,13 @@ def contest(rows, settings):
     return pd.DataFrame(table, columns=COLUMNS).sort_values("split", key=lambda of: of.map(order), kind="stable")
 
 
+def validation_masks(settings):
+    """How many masks a method looks at that chooses by validation images, or trains on them: images, or patients."""
+    split = pd.read_csv(params.results_folder(settings) / "split.csv", dtype=str)
+    counted = "subject" if settings.cohort in params.VOLUME_COHORTS else "slice"
+    return split.loc[split["split"] == "validation", counted].nunique()
+
+
 def ablation(rows):
     """Variants of a method beside the method itself, on the draws that both have: a frame with ABLATED.
 
@@ -147,7 +158,7 @@ def ablation(rows):
         rows: of ``collect``. Difference: variant minus method, on the test images.
     """
     table = []
-    rows = rows[tested_split(rows["cohort"]) == "test"]
+    rows = rows[(tested_split(rows["cohort"]) == "test") & ~rows["variant"].isin(list(SELECTIONS)[1:])]
     for (cohort, method, labelled), group in rows.groupby(["cohort", "method", "n_labelled"], sort=True):
         whole = group[group["variant"] == ""]
         for variant, found in group[group["variant"] != ""].groupby("variant", sort=False):
@@ -203,6 +214,7 @@ def markdown(table):
                 "HD95 (px)": figure(row["hd95_mean"], 2),
                 "images seen": f"{row['images_seen']:,}",
                 "minutes": figure(row["minutes"], 1),
+                "selection": row["selection"],
                 "hidden masks": row["hidden_masks"],
                 "difference from the best peer": gain,
             }
@@ -213,7 +225,7 @@ def markdown(table):
 def chart(table):
     """DSC against the number of labels and against minutes of training; a colour per method, intervals as bands."""
     figure, (axes, cost) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    table = table[table["split"] == "test"]
+    table = table[(table["split"] == "test") & (table["selection"] == "none")]
     for name, method in by_name().items():
         rows = table[table["method"] == name]
         if len(rows):
@@ -235,7 +247,7 @@ def chart(table):
                 cost.annotate(row["n_labelled"], at, (4, 3), textcoords="offset points", fontsize=7)
     if len(table):
         ticks = sorted(table["n_labelled"].unique())
-        axes.set(xscale="log", title=f"{table['cohort'].iloc[0]}, recipe fair")
+        axes.set(xscale="log", title=f"{table['cohort'].iloc[0]}, recipe strong")
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
         axes.legend(fontsize=8)

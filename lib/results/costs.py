@@ -42,7 +42,7 @@ def by_method(costs):
     for method in table.METHODS:
         for row in plain[plain["stage"] == method.stage.name].itertuples():
             total = row.seconds
-            for stage in method.stage.after:
+            for stage in method.stage.needs(row.recipe):
                 both = (
                     shared.get((row.cohort, row.recipe, row.seed))
                     if stage == table.REGISTRATION.name

@@ -77,25 +77,21 @@ def title_of(cohort, split):
     return " (".join([name + FURTHER[split], *rest])
 
 
-def module_of(stage):
+def module_of(stage, recipe):
     """The module of a stage under lib.methods, imported when it is needed: some take seconds."""
-    return import_module(f"lib.methods.{stage.module}")
+    return import_module(f"lib.methods.{stage.module_in(recipe)}")
 
 
 def trained_stages(experiment, only=None):
     """Stages of the table that have been trained for an experiment, and are part of this run.
 
     ``only`` is the name of a stage that is evaluated by itself.
-
-    Of a variant these are the stages that may vary, and the baseline, since its labelled images may differ.
     """
     settings = experiment.settings
     for stage in table.stages():
-        last = settings[stage.name].rounds if stage.rounds else None
-        if only and stage.name != only:
-            continue
-        own = only or not settings.variant or stage.varied_by or stage == table.BASELINE.stage
-        if own and stage.runs(settings, settings.recipe) and experiment.cabinet.file(stage.name, last).exists():
+        last = settings.joint.rounds if stage.rounds and settings.recipe == "paper" else None
+        wanted = stage.name == only if only else settings.recipe in stage.recipes
+        if wanted and experiment.cabinet.file(stage.name, last).exists():
             yield stage
 
 
@@ -103,14 +99,15 @@ def trained_stages(experiment, only=None):
 def predict(experiment, index, only=None):
     """Masks of the images ``index`` by every method of one experiment that has been trained, see ``trained_stages``.
 
-    Test images choose nothing: every method is tested with the weights, and the round, that validation images chose.
+    Test images choose nothing. Validation images choose weights and rounds in the paper's recipe, and nothing in recipe
+    `strong` by default, see ``selection``.
 
     Returns:
         Dictionary of method to experiment.Prediction.
     """
     found = {}
     for stage in trained_stages(experiment, only):
-        found |= module_of(stage).predict(experiment, index)
+        found |= module_of(stage, experiment.settings.recipe).predict(experiment, index)
     return found
 
 
@@ -185,7 +182,7 @@ def evaluate_untrained(experiment):
         names = names[np.unique(np.linspace(0, len(names) - 1, count).round().astype(int))]
         index = test[np.isin(whole, names)]
         start = time.monotonic()
-        predicted = module_of(stage).predict(experiment, index)
+        predicted = module_of(stage, "-").predict(experiment, index)
         experiment.note_cost(stage.name, time.monotonic() - start)
         for method, (number, masks) in predicted.items():
             frame, reliable = describe(experiment, "test", index, method, masks, data.masks[index])
@@ -199,12 +196,12 @@ def evaluate_untrained(experiment):
 def rounds(experiment):
     """What was measured while every stage was trained, one row per stage, round and split.
 
-    Joint and joint+ have a row for every round, CCT-R for every check of its networks during training. There ``round``
-    is the step, stage ``cctr`` the U-Net, ``cctr-b`` the Swin transformer, and unlabelled images are those of
+    Joint rounds by the paper's recipe have a row each, CCT-R for every look at its networks during training. There
+    ``round`` is the step, stage ``cctr`` the U-Net, ``cctr-b`` the Swin transformer, and unlabelled images are those of
     ``watched_slices``. ``best_for`` names the methods that are tested with that round.
     """
     settings = experiment.settings
-    modules = [module_of(stage) for stage in trained_stages(experiment)]
+    modules = [module_of(stage, settings.recipe) for stage in trained_stages(experiment)]
     frames = [module.rounds(experiment) for module in modules if hasattr(module, "rounds")]
     if not frames:
         return pd.DataFrame()

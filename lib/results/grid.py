@@ -1,7 +1,7 @@
 """`python -m lib.results.grid`: experiments at further rates, with further seeds and variants, several at a time.
 
-Runs the notebooks through papermill for every item of params.yaml's section ``grid`` that has no results yet, or
-results of other settings or code. A killed run that is started again goes on with the missing items, and within an
+Runs the notebooks through papermill for every item of params.yaml's section ``grid``, P1's methods by its own recipe,
+or with ``--contest`` of section ``contest``, which has no results yet, or results of other settings or code. A killed run that is started again goes on with the missing items, and within an
 item with the missing steps. An item that fails is reported and does not stop the others.
 """
 
@@ -23,7 +23,6 @@ from lib.runs import params, versions
 from lib.runs.cabinet import PAIRS, Cabinet
 
 EVALUATION = "08_evaluation"
-FIRST = ("joint_plus", "cctr")  # stages whose versions have a place in every item's key, whether they run or not
 
 
 class Item(NamedTuple):
@@ -33,7 +32,7 @@ class Item(NamedTuple):
     rate: float
     seed: int
     variant: str = ""
-    stage: str = ""  # of recipe `fair`, whose stages are items by themselves
+    stage: str = ""  # of recipe `strong`, whose stages are items by themselves
 
     @property
     def name(self):
@@ -42,52 +41,41 @@ class Item(NamedTuple):
 
 
 def groups_of(settings):
-    """Items that share a registration network, as lists: recipe and seed are the same, rates and variants differ.
+    """Items that share a registration network, as lists: the seed is the same, rates differ.
 
-    Variants run at the first rate. If no rates or seeds are named, they are the pipeline's own. What the pipeline runs
-    anyway, at its own rate and seed, is left out. The main recipe comes before the baseline.
+    If no rates or seeds are named, they are the pipeline's own. What the pipeline runs anyway, at its own rate and seed,
+    is left out.
     """
     rates, seeds = settings.grid.rates or [settings.rate], settings.grid.seeds or [settings.seed]
     groups = []
-    for recipe, seed in itertools.product(reversed(params.recipes(settings)), seeds):
+    for recipe, seed in itertools.product(settings.baseline, seeds):
         items = [Item(recipe, rate, seed) for rate in rates if (rate, seed) != (settings.rate, settings.seed)]
-        if recipe == settings.recipe:
-            items += [Item(recipe, rates[0], seed, variant) for variant in settings.grid.variants]
         if items:
             groups.append(items)
     return groups
 
 
 def contest_of(settings):
-    """As ``groups_of``, the items of section ``contest``: recipe ``fair``, one method each, a group per seed."""
+    """As ``groups_of``, the items of section ``contest``: recipe ``strong``, one method each, a group per seed."""
     groups = {}
-    for part in settings.contest.methods[settings.cohort]:
+    for part in settings.contest.methods.get(settings.cohort, []):
         of = range(1, part.draws + 1), part.rates, part.stages, part.get("variants", [""])
         for seed, rate, stage, variant in itertools.product(*of):
-            groups.setdefault(seed, []).append(Item("fair", rate, seed, variant, stage))
+            groups.setdefault(seed, []).append(Item("strong", rate, seed, variant, stage))
     return [groups[seed] for seed in sorted(groups)]
 
 
-def stages_of(item, settings):
-    """Stages of methods.table that make an item, in order. At 100 % nothing is unlabelled: only the baseline runs.
-
-    A variant begins with the pre-training that it shares with the others; if that is done, it is only loaded.
-    """
+def stages_of(item):
+    """Stages of methods.table that make an item, in order. At 100 % nothing is unlabelled: only the baseline runs."""
     if item.stage:
-        (stage,) = (stage for stage in table.stages() if stage.name == item.stage)
+        stage = table.by_stage(item.stage)
         return [*[table.REGISTRATION] * (table.REGISTRATION.name in stage.after), stage]
-    changed = ()
-    if item.variant:
-        own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
-        changed = [section for section in own.varied if own[section] != settings[section]]
-    return table.stages_of(settings, item.recipe, item.rate, changed)
+    return table.stages_of(item.recipe, item.rate)
 
 
-def notebooks_of(item, settings):
+def notebooks_of(item):
     """The notebooks that make an item, in order."""
-    fair = item.recipe == "fair"
-    trained = [table.FAIR if fair and stage.peer else stage.notebook for stage in stages_of(item, settings)]
-    return [*trained, EVALUATION]
+    return [*(stage.notebook_in(item.recipe) for stage in stages_of(item)), EVALUATION]
 
 
 def folder_of(item, settings):
@@ -102,62 +90,38 @@ def key_of(item, settings):
     ``auto`` gives on it: results from one machine are valid on another.
     """
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
+    read = ["recipe", "rate", "seed", "split_seed", "scale", "precision"]
+    relevant = {name: own[name] for name in read} | {own.cohort: content_of(own[own.cohort])}
     if item.stage:
-        return fair_key(item, own)
-    ran = stages_of(item, settings)
-    sections = {section for stage in table.stages() for section in stage.sections}
-    read = {section for stage in ran for section in stage.sections}
-    others = {
-        "grid",
-        "contest",
-        "baseline",
-        "device",
-        "varied",
-        "fair",
-        *(sections - read),
-        *params.CHOICES["cohort"],
-    } - {settings.cohort}
-    relevant = {key: value for key, value in own.items() if key not in others}
-    relevant[settings.cohort] = content_of(own[settings.cohort])
-    for whole, part in (section.split(".") for section in read if "." in section):
-        if whole not in read:  # all that is read of it
-            relevant[whole] = {part: own[whole][part]}
-    of_volumes = [versions.VOLUMES, versions.VOLUME_EVALUATION] if settings.cohort in params.VOLUME_COHORTS else []
-    named = {stage.name: stage.version for stage in ran if stage.version}
-    first = [named.pop(name, False) for name in FIRST]
-    return versions.fingerprint(
-        relevant,
-        split_of(settings),
-        versions.NUMERICS,
-        versions.MEAN_TEACHER,
-        versions.EVALUATION,
-        *first,
-        *of_volumes,
-        *sorted(named.values()),
-    )
+        names, relevant["strong"] = strong_parts(item, own)
+    else:
+        names = versions.NUMERICS, versions.MEAN_TEACHER
+        sections = "segmentation", "registration", "mean_teacher", "joint", "pseudo_masks", "classical"
+        relevant |= {name: own[name] for name in sections}
+    of_volumes = [versions.VOLUMES, versions.VOLUME_EVALUATION] if own.cohort in params.VOLUME_COHORTS else []
+    return versions.fingerprint(relevant, split_of(own), versions.EVALUATION, *names, *of_volumes)
+
+
+def strong_parts(item, own):
+    """What else an item of recipe `strong` depends on, which is of one stage: names of its code, and its settings."""
+    stage, strong = table.by_stage(item.stage), own.strong
+    names, parts = [versions.STRONG, stage.version], {"training": strong.training, "augmentation": strong.augmentation}
+    if stage.name in strong:
+        parts[stage.name] = strong[stage.name]
+    parts |= {section: own[section] for section in stage.sections}
+    if stage.after:
+        names.append(versions.NUMERICS)
+        parts["registration"] = own.registration
+    if PAIRS in stage.after:
+        parts |= {"refinement": own.refinement, "pairs": strong.pairs}
+    if own.selection != "none":
+        parts["selection"] = own.selection
+    return names, parts
 
 
 def content_of(cohort):
     """Settings of a cohort that its images depend on; ``external`` where there is one."""
     return {name: value for name, value in cohort.items() if name != "folder" and (name != "external" or value)}
-
-
-def fair_key(item, own):
-    """``key_of`` an item of recipe `fair`, which is of one stage: nothing that others read is in it."""
-    read = ["recipe", "rate", "seed", "split_seed", "scale", "precision"]
-    parts = ["training", "augmentation", item.stage]
-    relevant = {name: own[name] for name in read}
-    relevant[own.cohort] = content_of(own[own.cohort])
-    registered = table.REGISTRATION in stages_of(item, own)
-    if registered:
-        relevant |= {"registration": own.registration, "refinement": own.joint_plus.refinement}
-        parts.append("pairs")
-    relevant["fair"] = {part: own.fair[part] for part in parts if part in own.fair}
-    relevant["normalisation"] = own.segmentation.normalisation
-    of_volumes = [versions.VOLUMES, versions.VOLUME_EVALUATION] if own.cohort in params.VOLUME_COHORTS else []
-    return versions.fingerprint(
-        relevant, split_of(own), versions.FAIR, versions.EVALUATION, registered and versions.NUMERICS, *of_volumes
-    )
 
 
 def split_of(settings):
@@ -200,9 +164,8 @@ def cost_of(item, cohort):
     """
     if not item.stage:
         return {}
-    (stage,) = (stage for stage in table.stages() if stage.name == item.stage)
     cabinet = Cabinet(params.load(item.recipe, cohort, item.rate, item.seed, item.variant), None)
-    files = [cabinet.cost_file(name) for name in [*stage.after, *[PAIRS] * bool(stage.after), stage.name]]
+    files = [cabinet.cost_file(name) for name in [*table.by_stage(item.stage).needs(item.recipe), item.stage]]
     costs = [json.loads(file.read_text()) for file in files]
     return {"minutes": round(sum(cost["seconds"] for cost in costs) / 60, 1), "device": costs[-1]["device"]}
 
@@ -217,15 +180,14 @@ def run(item, settings, threads):
     shutil.rmtree(folder, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     chosen = {"cohort": settings.cohort, "recipe": item.recipe, "rate": item.rate, "seed": item.seed}
-    for notebook in notebooks_of(item, settings):
+    for notebook in notebooks_of(item):
         values = dict(chosen)
         if item.variant:
             values["variant"] = item.variant
-        if item.stage and notebook in (table.FAIR, EVALUATION):
+        if item.stage and notebook in (table.PEERS, EVALUATION):
             values["stage"] = item.stage
         if notebook == EVALUATION:  # untrained methods, which have no recipe, run beside one of them
-            untrained = item.recipe == settings.baseline and item.rate < 100 and not item.variant and not item.stage
-            values |= {"destination": str(folder), "untrained": untrained}
+            values |= {"destination": str(folder), "untrained": item.rate < 100 and not item.stage}
         executed = params.work_folder("notebooks", "grid", settings.cohort, item.name, f"{notebook}.ipynb")
         pairs = [part for name, value in values.items() for part in ("-p", name, json.dumps(value))]
         command = [sys.executable, "-m", "lib.runs.notebooks", "run", notebook, "--to", str(executed), *pairs]

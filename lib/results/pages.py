@@ -22,7 +22,7 @@ import pandas as pd
 from lib.methods.table import by_name
 from lib.runs.params import ROOT
 
-COHORTS = {"hippocampus": "slice", "acdc": "patient"}  # of the headline, and what is labelled there
+COHORTS = {"hippocampus_centre": "slice", "acdc": "patient"}  # of the headline, and what is labelled there
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)((?:(?!<!-- table: ).)*?)(<!-- /table -->)", re.DOTALL)
 MARK = re.compile(r"<!-- ([^\s:]+\.(?:csv|json))\b((?:(?!-->).)*?)\s*-->", re.DOTALL)
 NUMBER = re.compile(r"(<\s*|&lt;\s*)?([+\-−]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)(\s?%)?\**$")
@@ -36,16 +36,16 @@ def pages():
 def headline():
     """DSC of every method at every number of labels, on real data, as a Markdown table of strings with three digits.
 
-    Raises FileNotFoundError where results/hippocampus/table1.csv or results/acdc/table1.csv is missing.
+    Raises FileNotFoundError where contest.csv of one of COHORTS is missing.
     """
     columns = {}
     for cohort, counted in COHORTS.items():
-        table = pd.read_csv(ROOT / "results" / cohort / "table1.csv", dtype={"seed": str})
-        chosen = (table["class"] == "mean") & (table["seed"] == "all") & table["recipe"].isin(["strong", "-"])
+        table = pd.read_csv(ROOT / "results" / cohort / "contest.csv")
+        chosen = (table["split"] == "test") & (table["selection"] == "none")
         for n, rows in table[chosen].groupby("n_labelled"):
             name = f"{table['cohort'].iloc[0]}, {n} {counted}{'s' if n > 1 else ''}"
             columns[name] = rows.set_index("method")["dsc_mean"]
-    table = pd.DataFrame(columns).reindex(list(by_name())).dropna(how="all")  # without variants and published figures
+    table = pd.DataFrame(columns).reindex(list(by_name())).dropna(how="all")
     text = table.map(lambda value: "" if pd.isna(value) else f"{value:.3f}").rename_axis("DSC").reset_index()
     return text.to_markdown(index=False, disable_numparse=True)
 

@@ -11,14 +11,6 @@ from lib.runs.params import RECIPES
 GROUP = ["cohort", "recipe", "method", "class", "rate", "n_labelled"]
 
 
-def with_variants(per_image):
-    """Rows without a variant, and those with one that stand in Table 1, whose method is then named after both."""
-    tabulated = [method.name for method in methods.METHODS if method.stage.variants_in_table1]
-    chosen = per_image[(per_image["variant"] == "") | per_image["method"].isin(tabulated)]
-    named = chosen["method"] + ", " + chosen["variant"]
-    return chosen.assign(method=chosen["method"].where(chosen["variant"] == "", named))
-
-
 def in_order(table):
     """Rows by cohort, recipe, rate, class and method, as a reader expects them."""
     rank = {name: number for number, name in enumerate([*RECIPES, *methods.by_name()])}
@@ -53,7 +45,7 @@ def table1(per_image, comparisons):
     """Table 1: mean and standard deviation over test images, of every seed and over all seeds.
 
     Args:
-        per_image: rows of average_classes, without variants but those of ``with_variants``.
+        per_image: rows of average_classes, without variants.
         comparisons: of ``compare``.
 
     Returns:
@@ -62,7 +54,7 @@ def table1(per_image, comparisons):
 
         - dsc_low, dsc_high: the 95 % interval of the DSC over subjects;
         - p_fs, p_fs_holm, effect_fs: the test against fs of the same recipe, of the DSC and, ending in ``_hd``, of HD;
-        - p_mt, difference_mt, effect_mt: the same of combined and combined+ against mt;
+        - p_mt, difference_mt, effect_mt: the same of combined against mt;
         - star: the paper's, p_mt below 0.05, uncorrected. The arrow points up if combined is better (higher DSC, lower
           HD). It goes by the ranks that are tested (effect_mt): single subjects can turn the means, but not these;
         - rounds: which round was tested, seed by seed.

@@ -85,13 +85,12 @@ class Cabinet:
         """The part of a stage's path that says which run it is of.
 
         Stages without masks are the same at any rate. A variant has a stage of its own if it changes that stage's
-        section of params.yaml (of recipe ``fair`` all stages are in one), or which images are labelled. It shares the
-        other stages.
+        section of params.yaml, or ``strong``, which all stages read. It shares the other stages.
         """
         settings = self.settings
         if stage in WITHOUT_MASKS:
             return settings.cohort, f"seed_{settings.seed}", stage, settings.recipe
-        own = {stage, "coverage", "fair"} & set(settings.varied)
+        own = {stage, "strong"} & set(settings.varied)
         variant = ["variants", settings.variant] if own else []
         return settings.cohort, *variant, f"seed_{settings.seed}", f"rate_{settings.rate:g}", settings.recipe, stage
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from ruamel.yaml import YAML, YAMLError
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ("paper", "strong", "fair")
+RECIPES = ("paper", "strong")
+SELECTIONS = ("none", "validation", "training")
 VOLUME_COHORTS = ("acdc", "synapse")  # their images are slices of volumes, see cohorts.volumes
 CHOICES = {
     "cohort": ("midbrain", "hippocampus", "hippocampus_centre", *VOLUME_COHORTS, "folder"),
     "recipe": RECIPES,
-    "baseline": RECIPES[:2],
     "scale": ("smoke", "cpu", "paper"),
     "precision": ("auto", "bfloat16", "float32"),
 }
@@ -76,7 +76,7 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
     """The settings of params.yaml, resolved.
 
     Args:
-        recipe: ``paper`` or ``strong``; None for the one that the file names.
+        recipe: ``paper`` or ``strong``; None for ``strong``.
         cohort: one of CHOICES; None for the one that the file names.
         rate, seed: None for those that the file names.
         variant: one of the file's ``variants``; None for the settings as they stand.
@@ -86,8 +86,9 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
     ``JOINT_OUTPUT`` names a folder for all outputs instead of the repository: the tests use both.
 
     Returns:
-        Section. ``segmentation``, ``registration`` and ``joint`` hold the values of the recipe and the scale; what a
-        variant changes holds its values, and ``varied`` names the sections that it changes.
+        Section. ``segmentation`` and ``registration`` hold the values of the recipe and the scale; what a variant changes
+        holds its values, and ``varied`` names the sections that it changes. ``selection`` is how weights are chosen: by
+        validation images in the paper's recipe, see section ``strong`` for the other.
 
     Raises:
         ValueError: an unknown cohort, recipe, scale, variant or setting, or a value of another kind than it should be.
@@ -102,7 +103,7 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         for name in reversed(path):
             nested = {name: nested}
         tree = merge(tree, nested)
-    chosen = {"recipe": recipe, "cohort": cohort, "rate": rate, "seed": seed}
+    chosen = {"recipe": recipe or "strong", "cohort": cohort, "rate": rate, "seed": seed}
     tree.update({key: value for key, value in chosen.items() if value is not None})
     for key, allowed in CHOICES.items():
         if tree[key] not in allowed:
@@ -124,8 +125,8 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         tree[name] = merge(tree.get(name, {}), budget, new_keys=True)
         by_recipe = {recipe: tree[name].pop(recipe, {}) for recipe in RECIPES}
         tree[name].update(by_recipe[tree.recipe])
-    by_cohort = {name: tree.fair.pop(name, {}) for name in CHOICES["cohort"]}
-    tree["fair"] = merge(tree.fair, by_cohort[tree.cohort], "params.yaml: fair")
+    by_cohort = {name: tree.strong.pop(name, {}) for name in CHOICES["cohort"]}
+    tree["strong"] = merge(tree.strong, by_cohort[tree.cohort], "params.yaml: strong")
     variants = tree.pop("variants")
     tree["variant"], tree["varied"] = variant or "", []
     if variant:
@@ -133,13 +134,11 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
             raise ValueError(f"variant '{variant}' is not one of {', '.join(variants)} in params.yaml")
         tree = merge(tree, variants[variant])
         tree["varied"] = list(variants[variant])
-    if tree.coverage.choose and not variant:
-        raise ValueError(
-            "coverage.choose in params.yaml is for `variants` alone: the cohort is split and shown before "
-            "there is a registration to choose by"
-        )
-    if tree.coverage.choose and tree.cohort in VOLUME_COHORTS:
-        raise ValueError(f"coverage.choose in params.yaml chooses images, but {tree.cohort} is labelled by patient")
+    if unknown := set(tree.baseline) - {"paper"}:
+        raise ValueError(f"baseline in params.yaml may name the recipe paper alone, not {', '.join(map(str, unknown))}")
+    if tree.strong.selection not in SELECTIONS:
+        raise ValueError(f"strong.selection '{tree.strong.selection}' is not one of {', '.join(SELECTIONS)}")
+    tree["selection"] = tree.strong.selection if tree.recipe == "strong" else "validation"
     if set(tree.cctr.recipes) - {"strong"}:
         raise ValueError(
             "cctr.recipes in params.yaml may name strong alone: what is to be had of P2's text gives neither "
@@ -161,8 +160,8 @@ def use_folder(settings, **given):
 
 
 def recipes(settings):
-    """The recipes that run: the baseline, and the one beside it."""
-    return list(dict.fromkeys((settings.baseline, settings.recipe)))
+    """The recipes that run."""
+    return [*settings.baseline, "strong"]
 
 
 def output_root():

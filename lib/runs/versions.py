@@ -9,9 +9,8 @@ import json
 
 NUMERICS = "d7fa566ff1753849"  # networks, losses, warping, augmentation, pseudo-masks and training
 MEAN_TEACHER = "4fd182be9f838728"
-JOINT_PLUS = "refinement"
-CCTR = "aligned volumes"
-FAIR = "first"  # the methods of recipe `fair`
+CCTR = "last state"
+STRONG = "first"  # the methods of recipe `strong`
 VOLUMES = "labels by share"  # what differs where images are slices of volumes
 EVALUATION = "first"  # scores, and the random draws of the masks that are tested
 VOLUME_EVALUATION = "confidence of marked pixels"  # the same of volumes

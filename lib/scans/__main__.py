@@ -42,7 +42,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        settings = params.load("fair", "folder", changes=given.values)
+        settings = params.load("strong", "folder", changes=given.values)
     except ValueError as error:
         sys.exit(f"error: {error}")
     params.use_folder(settings, images=given.images, masks=given.masks, output=given.output, model=given.model)

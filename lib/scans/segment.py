@@ -13,7 +13,7 @@ from lib.cohorts.reading import read_grid
 from lib.compute import Numerics
 from lib.runs import params
 from lib.runs.files import append_line, read_lines, replacing
-from lib.runs.versions import FAIR, NUMERICS, fingerprint
+from lib.runs.versions import NUMERICS, STRONG, fingerprint
 from lib.scans.applying import apply
 from lib.scans.folder import is_others
 from lib.scans.intake import chosen_slices, digest, take_in
@@ -152,9 +152,9 @@ def summary(rows, classes, review):
 
 def trained(settings, store, intake, output):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
-    read = "seed", "scale", "device", "precision", "segmentation", "registration", "augmentation", "pseudo_masks"
-    relevant = {name: settings[name] for name in read} | {"refinement": settings.joint_plus.refinement}
-    relevant["fair"] = {name: settings.fair[name] for name in ("training", "augmentation", "pairs", "one_stage")}
+    read = "seed", "scale", "device", "precision", "segmentation", "registration", "refinement", "pseudo_masks"
+    relevant = {name: settings[name] for name in read}
+    relevant["strong"] = {name: settings.strong[name] for name in ("training", "augmentation", "pairs", "one_stage")}
     names = (
         "axis",
         "size",
@@ -170,7 +170,7 @@ def trained(settings, store, intake, output):
     )
     options = {name: settings.folder[name] for name in names}
     prints = [store.index[case.name]["fingerprint"] for case in intake.cases]
-    key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, FAIR)
+    key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, STRONG)
     file = output / "model.safetensors"
     try:
         model = load_model(file)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from lib import DataError
-from lib.augment import augment
+from lib.augment import light, place
 from lib.methods.experiment import Experiment
 from lib.methods.peers import elastic, one_stage
 from lib.methods.pretraining import pretrain_registration
@@ -26,6 +26,7 @@ from lib.scans.intake import build, chosen_slices, class_names, folds_of, subjec
 from lib.scans.memory import with_less_memory
 from lib.scans.model_file import Model
 
+DEGRADED = "rotation", "scaling", "shift", "gamma", "contrast", "brightness", "blur", "noise"
 SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
@@ -33,7 +34,7 @@ def train(settings, store, intake):
     """A network for a folder by joint+.
 
     Args:
-        settings: as params.load gives them, of recipe ``fair`` and cohort ``folder``.
+        settings: as params.load gives them, of recipe ``strong`` and cohort ``folder``.
         store: store.Store of the cases' slices.
         intake: intake.Intake.
 
@@ -118,7 +119,7 @@ def fold_settings(settings, number, quick=False, divisor=1):
     own = section(json.loads(json.dumps(settings)))
     own["cohort"] = f"folder/fold_{number}"
     own.registration["batch"] = max(1, own.registration.batch // divisor)
-    training = own.fair.training
+    training = own.strong.training
     training["batch"] = max(SMALLEST_BATCH, training.batch // divisor)
     if quick:
         training["steps"] = max(1, round(own.folder.quick * training.steps))
@@ -146,17 +147,18 @@ def score_case(model, case, store, positions, numerics):
 def degraded_pairs(model, case, store, positions, settings, numerics):
     """Mean confidence and DSC of worse and worse views of a held-out case, as pairs.
 
-    Held-out cases are few and much alike: they alone do not say what low confidence means. Views are made by the strong
-    recipe's augmentation, up to folder.degradation times as strong as in training.
+    Held-out cases are few and much alike: they alone do not say what low confidence means. Views are made by the
+    augmentation of training, up to folder.degradation times as strong.
     """
-    options, pairs = settings.folder, []
+    options, augmentation, pairs = settings.folder, settings.strong.augmentation, []
     images = numerics.tensor(np.asarray(store.images(case.name)[positions], np.float32)[:, None])
     labels = np.asarray(store.labels(case.name)[positions])
     masks = numerics.tensor(np.stack([labels == value for value in model.about["values"]], axis=1))
     generator = numerics.generator(settings.seed, "degraded", case.name)
     for strength in np.linspace(0, options.degradation, options.degraded_views + 1)[1:]:
-        stronger = Section({key: strength * value for key, value in settings.augmentation.items()})
-        seen, truth = augment(images, masks, generator, stronger, options.symmetric)
+        stronger = Section({**augmentation, **{name: strength * augmentation[name] for name in DEGRADED}})
+        seen, truth = place(images, masks, generator, stronger, options.symmetric, bend=False)
+        seen = light(seen, generator, stronger)
         soft = torch.cat(list(soft_masks(model, seen[:, 0], numerics)))
         pair = [part.movedim(0, 1)[None] for part in (soft, truth)]
         pairs.append([confidence_of(soft), float(dice(*pair).mean())])

@@ -103,7 +103,7 @@ def stored_registration(experiment):
     settings, data = experiment.settings, experiment.data
     network = load_pretrained_registration(experiment)
     if settings.cctr.refine:
-        network = Refined(network, settings.joint_plus.refinement)
+        network = Refined(network, settings.refinement)
     key = fingerprint(
         experiment.origin,
         CCTR,
@@ -111,7 +111,7 @@ def stored_registration(experiment):
         weights_digest(network),
         data.labelled.tolist(),
         [settings.cctr[name] for name in ("stride", "selection", "align")],
-        settings.cctr.refine and settings.joint_plus.refinement,
+        settings.cctr.refine and settings.refinement,
     )
     checkpoint = experiment.cabinet.checkpoint(key)
     saved = checkpoint.load()

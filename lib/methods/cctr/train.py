@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.augment import augment, draw_affine
+from lib.augment import draw_affine, light
 from lib.losses import soft_dice_loss
 from lib.methods.cctr.contrast import Bank, describe, pixel_contrast, pixels
 from lib.methods.cctr.learners import Learner, SwinUNet
-from lib.methods.experiment import Prediction
+from lib.methods.experiment import Prediction, load_pretrained_registration
 from lib.methods.mean_teacher import ramp_up
 from lib.methods.pretraining import mean_dice, save_network, segment, validation_dice
 from lib.metrics import dice, to_labels
 from lib.models import ResidualUNet
 from lib.runs.params import Section
 from lib.runs.versions import CCTR, fingerprint
-from lib.training import draw_indices, fit, sums_of, weights_digest
+from lib.training import draw_indices, fit, weights_digest
 
 
 class CrossTeaching(nn.Module):
@@ -90,7 +90,9 @@ def load_cctr(experiment):
 
 
 def train_cctr(experiment, correspondence):
-    """Train both networks (P2). Each ends with its own best weights on the validation images.
+    """Train both networks (P2), by the budget and the augmentation of recipe `strong`.
+
+    Each ends with the weights of the last step; with ``selection: validation`` with its own best ones on those images.
 
     Args:
         experiment: Experiment.
@@ -104,7 +106,8 @@ def train_cctr(experiment, correspondence):
         ValueError: the recipe is not ``strong``; there is no other.
     """
     settings, numerics, data = experiment.settings, experiment.numerics, experiment.data
-    options, pooled = settings.cctr, experiment.pooled
+    options, pooled, training = settings.cctr, experiment.pooled, settings.strong.training
+    augmentation = settings.strong.augmentation
     if settings.recipe != "strong":
         raise ValueError(f"CCT-R has no recipe '{settings.recipe}': see cctr.recipes in params.yaml")
     classes, size = len(experiment.cohort.classes), data.images.shape[-2:]
@@ -112,26 +115,26 @@ def train_cctr(experiment, correspondence):
     labelled, masks = data.images[data.labelled], data.masks[data.labelled]
     unlabelled = data.images[data.unlabelled]
     warped = correspondence.masks(masks)
-    half = options.batch // 2
+    half = training.batch // 2
 
     def batch_loss(generator, step):
         known = draw_indices(len(labelled), half, generator)
-        free = draw_indices(len(unlabelled), options.batch - half, generator)
+        free = draw_indices(len(unlabelled), training.batch - half, generator)
         images, targets = torch.cat((labelled[known], unlabelled[free])), torch.cat((masks[known], warped[free]))
-        # Drawn here, not in ``augment``: the bank has to know how each image was transformed.
+        # Affine alone, not elastic as well: the bank has to know how each image was transformed.
         maps = draw_affine(
             len(images),
             max(size),
             generator,
             flip=data.symmetric,
-            rotation=settings.augmentation.rotation,
-            scaling=settings.augmentation.scaling,
-            shift=settings.augmentation.shift,
+            rotation=augmentation.rotation,
+            scaling=augmentation.scaling,
+            shift=augmentation.shift,
         )
-        images, targets = augment(images, targets, generator, settings.augmentation, data.symmetric, maps)
+        images, targets = light(maps.apply(images), generator, augmentation), maps.apply(targets, padding="zeros")
         with numerics.autocast():
             (first, seen_first), (second, seen_second) = networks.first(images), networks.second(images)
-        ramp = ramp_up(step, 0, options.ramp * options.steps)
+        ramp = ramp_up(step, 0, options.ramp * training.steps)
         by_first, by_second = first[half:], second[half:]  # what they say of unlabelled images
         losses = {
             "supervised": sum(supervised_loss(logits[:half], targets[:half], pooled) for logits in (first, second)),
@@ -177,25 +180,32 @@ def train_cctr(experiment, correspondence):
             "masks": torch.cat(masks).cpu(),
         }
 
+    def validate(trained):
+        return [validation_dice(experiment, learner) for learner in (trained.first, trained.second)]
+
     key = fingerprint(
         experiment.origin,
         CCTR,
         options,
-        settings.segmentation.normalisation,
+        training,
+        augmentation,
+        settings.selection,
+        settings.refinement,
         weights_digest(networks),
-        sums_of(labelled, masks, unlabelled, correspondence.fields.square(), correspondence.places),
+        weights_digest(load_pretrained_registration(experiment)),
+        data.labelled.tolist(),
     )
     found = fit(
         networks,
         batch_loss,
-        steps=options.steps,
-        peak=options.learning_rate,
+        steps=training.steps,
+        peak=training.learning_rate,
         schedule="one_cycle",
-        weight_decay=options.weight_decay,
+        weight_decay=training.weight_decay,
         generator=numerics.generator(settings.seed, "cctr"),
         label="cctr",
         checkpoint=experiment.cabinet.checkpoint(key),
-        validate=lambda trained: [validation_dice(experiment, learner) for learner in (trained.first, trained.second)],
+        validate=validate if settings.selection == "validation" else None,
         watch=watch,
         parts=("first", "second"),
     )
@@ -236,18 +246,21 @@ def predict(experiment, index):
 
 
 def rounds(experiment):
-    """Rows of rounds.csv: DSC of both networks on validation images, and of their pseudo-labels. See methods.table."""
+    """Rows of rounds.csv: DSC of both networks' pseudo-labels, and on validation images where they choose.
+
+    See methods.table.
+    """
     watched = experiment.cabinet.load("cctr")["watched"]
     history = pd.read_csv(experiment.cabinet.folder("cctr") / "history.csv")
     rows = []
     for number, (stage, column) in enumerate((("cctr", "validation"), ("cctr-b", "validation second"))):
-        validation = history[column].dropna().tolist()
-        best = max(range(len(validation)), key=lambda k: (validation[k], k))  # fit keeps the later of equals
+        validation = history[column].dropna().tolist() if column in history else []
+        # fit keeps the later of equals
+        best = max(range(len(watched)), key=lambda k: (validation[k] if validation else 0, k))
         for k, (step, seen) in enumerate(watched):
             row = {"round": step, "stage": stage, "best_for": stage if k == best else ""}
-            on = {
-                "validation": (len(experiment.data.validation), validation[k]),
-                "unlabelled": (len(watched_slices(experiment)), float(seen["dsc"][number])),
-            }
+            on = {"unlabelled": (len(watched_slices(experiment)), float(seen["dsc"][number]))}
+            if validation:
+                on["validation"] = len(experiment.data.validation), validation[k]
             rows += [{**row, "split": split, "n": n, "dsc_segmentation": dsc} for split, (n, dsc) in on.items()]
     return pd.DataFrame(rows)

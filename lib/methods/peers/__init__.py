@@ -1,1 +1,1 @@
-"""The methods of the fair recipe, which differ in their batches and in nothing else (peers.learning)."""
+"""The methods of recipe `strong`, which differ in their batches and in nothing else (peers.learning)."""

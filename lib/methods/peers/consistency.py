@@ -1,9 +1,9 @@
-"""Mean Teacher (Tarvainen and Valpola, 2017) by the rules of the fair recipe: agreement with the averaged network."""
+"""Mean Teacher (Tarvainen and Valpola, 2017) by the rules of recipe `strong`: agreement with the averaged network."""
 
 import torch
 
 from lib.methods.mean_teacher import ramp_up
-from lib.methods.peers.learning import teach
+from lib.methods.peers.learning import prediction, teach
 
 
 def batch_loss(lesson, generator, step):
@@ -22,3 +22,8 @@ def batch_loss(lesson, generator, step):
 def train(experiment):
     """(ResidualUNet, Fit)."""
     return teach(experiment, "mean_teacher", batch_loss)
+
+
+def predict(experiment, index):
+    """See methods.table."""
+    return prediction(experiment, index, "mean_teacher", "mt")

@@ -1,7 +1,7 @@
-"""How every method of the fair recipe is trained: as many images seen, one augmentation, one loss, averaged weights.
+"""How every method of recipe `strong` is trained: as many images seen, one augmentation, one loss, averaged weights.
 
-A method says what its batches hold and what loss they give. No validation image is looked at: what is tested is the
-average of the weights after the last step.
+A method says what its batches hold and what loss they give. By default no validation image is looked at: what is tested
+is the average of the weights after the last step.
 """
 
 import torch
@@ -10,9 +10,11 @@ from lib.augment import light, place
 from lib.losses import segmentation_loss
 from lib.methods.experiment import Prediction
 from lib.methods.mean_teacher import MeanTeacher
-from lib.methods.pretraining import save_network, segment
-from lib.runs.versions import FAIR, fingerprint
+from lib.methods.pretraining import save_network, segment, validation_dice
+from lib.runs.versions import STRONG, fingerprint
 from lib.training import draw_indices, fit, weights_digest
+
+SEEDS = ("fair",)  # the word that seeds all draws of the recipe
 
 
 class Lesson:
@@ -25,10 +27,13 @@ class Lesson:
 
     def __init__(self, experiment, networks):
         self.experiment, self.data, self.numerics = experiment, experiment.data, experiment.numerics
-        self.options = experiment.settings.fair
+        self.options = experiment.settings.strong
         self.training = self.options.training
         self.networks = networks
-        self.labelled, self.masks = self.data.images[self.data.labelled], self.data.masks[self.data.labelled]
+        known = self.data.labelled
+        if experiment.settings.selection == "training":
+            known = torch.cat((known, self.data.validation))
+        self.labelled, self.masks = self.data.images[known], self.data.masks[known]
         self.unlabelled = self.data.images[self.data.unlabelled]
 
     def move(self, images, masks, generator, bend=True):
@@ -66,8 +71,8 @@ class Lesson:
         return segmentation_loss(logits, target, self.experiment.pooled, weight)
 
 
-def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None):
-    """Train a network by the rules of the fair recipe.
+def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None, start=None):
+    """Train a network by the rules of recipe `strong`.
 
     Args:
         stage: name of the method's stage; seeds the draws.
@@ -76,27 +81,33 @@ def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None):
             no sums of what it gave, which may differ in their last bits on a GPU.
         part: of the steps.
         label: of the progress bar; None for the stage's name.
+        start: the network to go on from; None for a fresh one.
 
     Returns:
-        (ResidualUNet with the averaged weights, Fit).
+        (ResidualUNet with the averaged weights, Fit). With ``selection: validation`` they are the best ones on the
+        validation images, else those after the last step.
     """
     settings, numerics = experiment.settings, experiment.numerics
-    options = settings.fair.training
+    options = settings.strong.training
     network = experiment.segmentation_network()
+    if start is not None:
+        network.load_state_dict(start.state_dict())
     networks = numerics.place(MeanTeacher(network, options.decay))
     lesson = Lesson(experiment, networks)
     steps = round(part * options.steps)
+    chosen = settings.selection == "validation"
     key = fingerprint(
         experiment.origin,
-        FAIR,
+        STRONG,
         stage,
         options,
-        settings.fair.augmentation,
-        settings.fair.get(stage),
+        settings.strong.augmentation,
+        settings.strong.get(stage),
         steps,
         weights_digest(networks),
         experiment.data.labelled.tolist(),
         list(depends),
+        settings.selection,
     )
     found = fit(
         networks,
@@ -105,9 +116,10 @@ def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None):
         peak=options.learning_rate,
         schedule="one_cycle",
         weight_decay=options.weight_decay,
-        generator=numerics.generator(settings.seed, "fair", stage),
+        generator=numerics.generator(settings.seed, *SEEDS, stage),
         label=label or stage,
         checkpoint=experiment.cabinet.checkpoint(key),
+        validate=(lambda trained: validation_dice(experiment, trained.teacher)) if chosen else None,
         after_step=networks.update,
     )
     return networks.teacher, found
@@ -121,7 +133,7 @@ def teach(experiment, stage, batch_loss, **options):
 
 
 def prediction(experiment, index, stage, method):
-    """Masks of one method of the fair recipe, as methods.table has them."""
+    """Masks of one method of recipe `strong`, as methods.table has them."""
     network = experiment.segmentation_network()
     network.load_state_dict(experiment.cabinet.load(stage)["network"])
     return {method: Prediction(0, segment(experiment, network, index))}

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from lib.augment import elastic
 from lib.losses import gncc
 from lib.methods.experiment import load_pretrained_registration
+from lib.methods.peers.learning import SEEDS
 from lib.refinement import Refined
 from lib.runs.cabinet import PAIRS
 from lib.runs.versions import fingerprint
@@ -48,17 +49,17 @@ class Fields(NamedTuple):
 def register_pairs(experiment):
     """Register labelled images to all unlabelled ones, and refine every field for its pair.
 
-    For every unlabelled image ``fair.pairs.candidates`` labelled ones are tried. The ``kept`` most similar ones after
+    For every unlabelled image ``strong.pairs.candidates`` labelled ones are tried. The ``kept`` most similar ones after
     registration (GNCC) stay. No mask is looked at. Setting ``control`` puts random or shuffled fields in their place.
 
     Returns:
         Fields.
     """
-    data, numerics, options = experiment.data, experiment.numerics, experiment.settings.fair.pairs
-    pretrained, refinement = load_pretrained_registration(experiment), experiment.settings.joint_plus.refinement
+    data, numerics, options = experiment.data, experiment.numerics, experiment.settings.strong.pairs
+    pretrained, refinement = load_pretrained_registration(experiment), experiment.settings.refinement
     cause = fingerprint(weights_digest(pretrained), refinement, options, data.labelled.tolist())
     network = Refined(pretrained, refinement).eval()
-    generator = numerics.generator(experiment.settings.seed, "fair", "pairs")
+    generator = numerics.generator(experiment.settings.seed, *SEEDS, "pairs")
     count = min(options.candidates, len(data.labelled))
     tried = experiment.draw_sources(data.unlabelled, count, generator)
     size, sources, fields, clock = numerics.batch(data.images), [], [], Clock(numerics.device)
@@ -76,7 +77,7 @@ def register_pairs(experiment):
     experiment.note_cost(PAIRS, clock.read())
     found = Fields(torch.cat(sources), torch.cat(fields), cause)
     if options.control == "random":
-        return found.random(generator, experiment.settings.fair.augmentation.elastic.points)
+        return found.random(generator, experiment.settings.strong.augmentation.elastic.points)
     return found.shuffled() if options.control == "shuffled" else found
 
 

@@ -1,6 +1,6 @@
-"""The baseline of the fair recipe: the labelled images alone."""
+"""fs, the baseline of recipe `strong`: the labelled images alone."""
 
-from lib.methods.peers.learning import teach
+from lib.methods.peers.learning import prediction, teach
 
 
 def train(experiment, stage="segmentation", bend=False):
@@ -16,3 +16,8 @@ def train(experiment, stage="segmentation", bend=False):
         return {"loss": lesson.loss(lesson.student(images), masks)}
 
     return teach(experiment, stage, batch_loss)
+
+
+def predict(experiment, index):
+    """See methods.table."""
+    return prediction(experiment, index, "segmentation", "fs")

@@ -21,7 +21,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from traitlets import link
 
-from lib.methods import joint_plus
 from lib.methods.experiment import finished_rounds, load_round
 from lib.metrics import harden
 from lib.results.figures.plots import TRUE, array, draw, draw_grid, outline
@@ -252,13 +251,11 @@ def legend(figure, layers, names, classes, outlined):
         figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 
-def experiment_layers(experiment, method=joint_plus):
+def experiment_layers(experiment):
     """The layers of an experiment's images.
 
     Args:
-        experiment: Experiment whose rounds are trained.
-        method: module of a method trained in rounds, methods.joint or joint_plus: masks are made, and fused, as
-            they were in training.
+        experiment: Experiment whose joint rounds are trained.
 
     Returns:
         Function of (index of an image in the cohort, round) that gives the dictionary that Viewer wants, on the CPU.
@@ -268,16 +265,16 @@ def experiment_layers(experiment, method=joint_plus):
 
     @lru_cache(2)
     def load(number):
-        networks, saved = load_round(experiment, number, method.STAGE)
-        return method.seeing(experiment, tuple(network.eval() for network in networks)), saved.get("weight", 0.5)
+        networks, _ = load_round(experiment, number)
+        return tuple(network.eval() for network in networks)
 
     def layers(index, number):
-        networks, weight = load(number)
+        networks = load(number)
         index = data.as_index([index])
         generator = numerics.generator(settings.seed, "viewer", int(index))
         seen, warped, fields = experiment.every_mask(networks, index, generator)
         means = seen.mean(0), warped.mean(0)
-        soft = weight * means[0] + (1 - weight) * means[1]
+        soft = (means[0] + means[1]) / 2
         every = torch.cat((1 - soft.sum(dim=1, keepdim=True), soft), dim=1)
         found = {
             "image": data.images[index][0, 0],
@@ -295,7 +292,7 @@ def experiment_layers(experiment, method=joint_plus):
     return layers
 
 
-def experiment_viewer(experiment, index, method=joint_plus):
+def experiment_viewer(experiment, index):
     """A Viewer of the images ``index`` of an experiment, slices of one subject (of a volume, in order) in one case."""
     cohort = experiment.cohort
     names, roles = getattr(cohort, "volumes", cohort.subjects), cohort.split.astype(object)
@@ -304,10 +301,10 @@ def experiment_viewer(experiment, index, method=joint_plus):
     members = {}
     for position in index.tolist():
         members.setdefault(f"{names[position]} ({roles[position]})", []).append(position)
-    layers = experiment_layers(experiment, method)
+    layers = experiment_layers(experiment)
     return Viewer(
         {name: len(positions) for name, positions in members.items()},
         lambda case, slice, number: layers(members[case][slice], number),
-        finished_rounds(experiment, method.STAGE),
+        finished_rounds(experiment),
         cohort.classes,
     )
