@@ -102,7 +102,7 @@ def lower_resolution(images, factor):
 
 
 def place(images, masks, generator, settings, flip, bend=True):
-    """The strong recipe's geometric augmentation: an affine map and an elastic deformation, the same for image and mask.
+    """Geometric augmentation of recipe `strong`: an affine map and an elastic deformation, alike for image and mask.
 
     Args:
         images: ``(n, 1, height, width)`` in [0, 1].
@@ -126,7 +126,7 @@ def place(images, masks, generator, settings, flip, bend=True):
 
 
 def light(images, generator, settings):
-    """The strong recipe's augmentation of intensities; nothing moves.
+    """Augmentation of intensities of recipe `strong`; nothing moves.
 
     Gamma, contrast and brightness change in every image; blur, low resolution and noise come with the probabilities of
     nnU-Net (Isensee et al., Nature Methods 2021).

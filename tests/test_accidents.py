@@ -33,15 +33,15 @@ from lib.scans.store import Store
 SMALL = {
     "scale": "smoke",
     "folder.size": 32,
-    "scales.smoke.fair.training.steps": 2,
-    "scales.smoke.fair.training.batch": 4,
+    "scales.smoke.strong.training.steps": 2,
+    "scales.smoke.strong.training.batch": 4,
     "pseudo_masks.n": 1,
     "registration.batch": 2,
 }
 
 
 def settings_for(folder, **changes):
-    settings = params.load("fair", "folder", changes=[f"{key}={value}" for key, value in SMALL.items()])
+    settings = params.load("strong", "folder", changes=[f"{key}={value}" for key, value in SMALL.items()])
     settings.folder |= {"images": str(folder / "images"), "masks": str(folder / "masks"), "output": str(folder / "out")}
     settings.folder |= changes
     return settings
@@ -347,7 +347,7 @@ def test_one_labelled_image_and_little_memory_give_masks_that_are_all_to_be_revi
     folder = fill(tmp_path, cases=3, labelled=1, slices=1)
     memory.most = 8
     settings = settings_for(folder)
-    settings.fair.training["batch"] = 16
+    settings.strong.training["batch"] = 16
     table = segment_folder(settings)
     assert "training: out of memory with batches of 1/1" in capsys.readouterr().out
     assert (table["status"] == "done").all() and table["predicted_dsc"].isna().all() and table["review"].all()

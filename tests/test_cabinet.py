@@ -15,7 +15,7 @@ from lib.runs import params
 @pytest.fixture
 def trial(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
-    settings = params.load("strong", rate=10, seed=3)
+    settings = params.load("paper", rate=10, seed=3)
     made_up_cohort().save(params.cohort_file(settings))
     return Experiment(settings)
 
@@ -28,7 +28,7 @@ def test_what_a_stage_cost_is_noted_apart_from_its_weights(trial, tmp_path):
         for file in (tmp_path / "work" / "costs").rglob("*.json")
     }
     assert set(notes) == {"segmentation", "registration"}
-    of = {"cohort": "made up", "recipe": "strong", "rate": 10, "seed": 3, "variant": ""}
+    of = {"cohort": "made up", "recipe": "paper", "rate": 10, "seed": 3, "variant": ""}
     for stage, labelled in (("segmentation", len(trial.data.labelled)), ("registration", None)):  # which needs no masks
         note = notes[stage]
         assert {key: note[key] for key in of} == of and note["n_labelled"] == labelled
@@ -43,10 +43,10 @@ def test_a_stage_that_runs_again_leaves_one_note_and_every_run_has_its_own(trial
         trial.note_cost("segmentation", seconds)
     assert costs.collect()["seconds"].tolist() == [2.3]
     for recipe, rate, seed, variant in (
-        ("paper", 10, 3, None),
-        ("strong", 50, 3, None),
-        ("strong", 10, 4, None),
-        ("strong", 10, 3, "labelled by coverage"),
+        ("strong", 10, 3, None),
+        ("paper", 50, 3, None),
+        ("paper", 10, 4, None),
+        ("strong", 10, 3, "all warped"),
     ):
         other = Experiment(params.load(recipe, rate=rate, seed=seed))
         other.settings = other.cabinet.settings = params.load(recipe, rate=rate, seed=seed, variant=variant)
@@ -56,10 +56,10 @@ def test_a_stage_that_runs_again_leaves_one_note_and_every_run_has_its_own(trial
 
 def test_a_variant_shares_what_it_does_not_change(trial):
     cabinet = lambda variant: Experiment(params.load("strong", rate=10, seed=3, variant=variant)).cabinet
-    plain, changed = cabinet(None), cabinet("no pairs")
+    plain, changed = cabinet(None), cabinet("with contrast")
     assert changed.file("segmentation") == plain.file("segmentation")
-    assert changed.file("joint_plus", 1) != plain.file("joint_plus", 1)
-    assert changed.cost_file("joint_plus") != plain.cost_file("joint_plus")
+    assert changed.file("cctr") != plain.file("cctr")
+    assert changed.cost_file("cctr") != plain.cost_file("cctr")
 
 
 def test_what_a_method_cost_is_its_own_stage_and_those_before_it(trial):

@@ -8,7 +8,7 @@ from lib import losses, warping
 from lib.methods.cctr import alignment, correspondence, learners
 from lib.methods.cctr import train as cctr
 from lib.methods.experiment import Experiment
-from lib.methods.pretraining import pretrain_registration, pretrain_segmentation
+from lib.methods.pretraining import pretrain_registration
 from lib.models import ResidualUNet
 from lib.results.evaluation import evaluate, evaluate_untrained, rounds
 from lib.results.figures import charts
@@ -60,10 +60,10 @@ def trial(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JOINT_OUTPUT", str(folder))
         settings = params.load("strong", cohort="acdc", rate=50, seed=1)
-        settings.cctr |= {"steps": 10, "batch": 4, "watched": 4, "recipes": ["strong"]}
+        settings.cctr |= {"watched": 4}
+        settings.strong.training |= {"steps": 10, "batch": 4}
         made_up_volumes().save(cohort_file(settings))
         trial = Experiment(settings)
-        pretrain_segmentation(trial)
         pretrain_registration(trial)
         registered = correspondence.stored_registration(trial)
         yield trial, registered, cctr.train_cctr(trial, registered)
@@ -218,21 +218,38 @@ def test_pseudo_labels_are_watched_over_the_training(trial):
     course = cctr.course(experiment, registered, found)
     assert course["step"].iloc[-1] == 10 and course["warped labels"].nunique() == 1
     assert {"supervised", "cross", "rsl", "contrast", "reps"} <= set(found.history.columns)
-    assert found.history[["validation", "validation second"]].iloc[-1].between(0, 1).all()
+    assert not {"validation", "validation second"} & set(found.history)  # nothing is chosen by it
     assert found.watched[-1][1]["masks"].shape == (2, 3, 32, 32)
 
 
-def test_both_networks_are_measured_at_every_look_and_the_tested_one_is_named(trial):
-    experiment, _, (_, found) = trial
+def measured_rounds(experiment, found):
     charts.thin(found.history).to_csv(experiment.cabinet.folder("cctr") / "history.csv", index=False)
-    measured = rounds(experiment)
-    assert set(measured["stage"]) == {"cctr", "cctr-b"}
-    for number, (stage, column) in enumerate((("cctr", "validation"), ("cctr-b", "validation second"))):
+    return rounds(experiment)
+
+
+def test_both_networks_are_measured_at_every_look_and_the_last_is_tested(trial):
+    experiment, _, (_, found) = trial
+    measured = measured_rounds(experiment, found)
+    assert set(measured["stage"]) == {"cctr", "cctr-b"} and set(measured["split"]) == {"unlabelled"}
+    for number, stage in enumerate(("cctr", "cctr-b")):
         own = measured[measured["stage"] == stage]
-        validation, unlabelled = (own[own["split"] == split] for split in ("validation", "unlabelled"))
-        assert validation["round"].tolist() == unlabelled["round"].tolist() == [step for step, _ in found.watched]
+        assert own["round"].tolist() == [step for step, _ in found.watched]
+        assert own["dsc_segmentation"].tolist() == [float(seen["dsc"][number]) for _, seen in found.watched]
+        assert own["best_for"].tolist() == [""] * (len(own) - 1) + [stage]
+
+
+def test_validation_images_choose_where_they_are_to(trial):
+    experiment, registered, _ = trial
+    settings = params.load("strong", cohort="acdc", rate=50, seed=1, variant="chosen by validation")
+    settings.cctr |= {"watched": 4}
+    settings.strong.training |= {"steps": 10, "batch": 4}
+    other = Experiment(settings)
+    other.cabinet.save(experiment.cabinet.load("registration"), "registration")
+    _, found = cctr.train_cctr(other, registered)
+    measured = measured_rounds(other, found)
+    for stage, column in (("cctr", "validation"), ("cctr-b", "validation second")):
+        validation = measured[(measured["stage"] == stage) & (measured["split"] == "validation")]
         assert validation["dsc_segmentation"].tolist() == found.history[column].dropna().tolist()
-        assert unlabelled["dsc_segmentation"].tolist() == [float(seen["dsc"][number]) for _, seen in found.watched]
         (best,) = validation.loc[validation["best_for"] == stage, "dsc_segmentation"]
         assert best == validation["dsc_segmentation"].max()
 
@@ -253,7 +270,8 @@ def test_true_masks_of_unlabelled_and_test_images_train_nothing(trial, monkeypat
 def test_every_part_can_be_switched_off(trial, variant):
     experiment, registered, _ = trial
     settings = params.load("strong", cohort="acdc", rate=50, seed=1, variant=variant)
-    settings.cctr |= {"steps": 10, "batch": 4, "watched": 4}
+    settings.cctr |= {"watched": 4}
+    settings.strong.training |= {"steps": 10, "batch": 4}
     other = Experiment(settings)
     _, found = cctr.train_cctr(other, registered)
     parts = {"contrast", "rsl", "reps"}

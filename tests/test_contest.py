@@ -36,6 +36,14 @@ def scores(methods, draws=(1, 2), subjects=12, labelled=(1, 5)):
     return pd.DataFrame(rows)
 
 
+@pytest.fixture(autouse=True)
+def split(tmp_path, monkeypatch):
+    """A split with three validation images."""
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    rows = [{"slice": k, "subject": f"s{k}", "split": "validation" if k < 3 else "train"} for k in range(9)]
+    pd.DataFrame(rows).to_csv(params.results_folder(params.load()) / "split.csv", index=False)
+
+
 def test_the_difference_is_from_the_best_peer_on_the_same_draws_and_subjects():
     table = contest.contest(scores(["fs", "bcp", contest.OURS]), params.load())
     assert table["method"].tolist() == ["fs", "bcp", contest.OURS] * 2
@@ -44,7 +52,7 @@ def test_the_difference_is_from_the_best_peer_on_the_same_draws_and_subjects():
     for column in ("best_peer_difference", "difference_low", "difference_high"):
         assert ours[column].tolist() == pytest.approx([GAIN] * 2)  # paired: what subjects differ in is gone
     assert (table["dsc_low"] < table["dsc_mean"]).all() and (table["dsc_mean"] < table["dsc_high"]).all()
-    training = params.load().fair.training
+    training = params.load().strong.training
     assert (table["images_seen"] == training.steps * training.batch).all() and (table["hidden_masks"] == 0).all()
     assert "+0.050 (+0.050 to +0.050) against bcp" in contest.markdown(table)
 
@@ -93,8 +101,19 @@ def test_external_cases_have_rows_of_their_own():
     assert line.get_ydata().tolist() == table["dsc_mean"].iloc[:1].tolist()  # test images alone are drawn
 
 
-def test_where_nothing_has_run_the_table_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+def test_what_chooses_by_validation_has_rows_of_its_own_that_say_how_many_masks_it_looked_at():
+    rows = scores(["bcp", contest.OURS], labelled=(1,))
+    looked = rows.assign(variant="chosen by validation", dsc=rows["dsc"] + 0.01)
+    trained = rows[rows["method"] == "bcp"].assign(variant="validation masks train", dsc=rows["dsc"] + 0.1)
+    table = contest.contest(pd.concat([rows, looked, trained], ignore_index=True), params.load())
+    assert table["selection"].tolist() == ["none", "none", "training", "validation", "validation"]
+    assert table["hidden_masks"].tolist() == [0, 0, 3, 3, 3]
+    ours = table[table["method"] == contest.OURS]  # not against a peer that has trained on more masks
+    assert ours["best_peer_difference"].tolist() == pytest.approx([GAIN, GAIN])
+    assert not len(contest.ablation(pd.concat([rows, looked, trained], ignore_index=True)))
+
+
+def test_where_nothing_has_run_the_table_says_so():
     table = contest.contest(contest.collect(params.load()), params.load())
     assert len(table) == 0 and "has not been run" in contest.markdown(table)
 

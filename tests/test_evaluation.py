@@ -115,24 +115,17 @@ def test_dice_of_groups_is_that_of_their_pixels_together():
     assert found[2, 1] == 1  # there is nothing, and nothing is marked
 
 
-def test_a_variant_takes_on_the_baseline_and_what_it_may_vary_alone(tmp_path):
-    """Nor does anything count that has not been trained, or that this recipe does not run."""
-    settings = params.load("strong")
-    settings.cctr["recipes"] = ["strong"]
+def test_what_this_recipe_runs_and_has_been_trained_is_evaluated(tmp_path):
     cabinet = SimpleNamespace(file=lambda stage, last: tmp_path / f"{stage}-{last}")
-    experiment = SimpleNamespace(settings=settings, cabinet=cabinet)
-    found = lambda: [stage.name for stage in evaluation.trained_stages(experiment)]
-    assert found() == []
-    for stage in ("joint", "joint_plus"):  # whose last round counts
-        cabinet.file(stage, settings[stage].rounds).touch()
-    assert found() == ["joint", "joint_plus"]
-    settings["variant"] = "no pairs"
-    assert found() == ["joint_plus"]
-    for stage in ("segmentation", "registration", "mean_teacher", "cctr"):
+    named = lambda recipe, only=None: [
+        stage.name
+        for stage in evaluation.trained_stages(SimpleNamespace(settings=params.load(recipe), cabinet=cabinet), only)
+    ]
+    assert named("paper") == named("strong") == []
+    cabinet.file("joint", params.load("paper").joint.rounds).touch()  # of the paper's rounds the last counts
+    assert named("paper") == ["joint"] and named("strong") == []
+    for stage in ("segmentation", "registration", "mean_teacher", "cctr", "bcp"):
         cabinet.file(stage, None).touch()
-    assert found() == ["segmentation", "joint_plus", "cctr"]
-    settings["variant"] = ""
-    assert found() == ["segmentation", "mean_teacher", "joint", "joint_plus", "cctr"]
-    settings.cctr["recipes"] = []
-    cabinet.file("joint", settings.joint.rounds).unlink()
-    assert found() == ["segmentation", "mean_teacher", "joint_plus"]
+    assert named("paper") == ["segmentation", "mean_teacher", "joint"]
+    assert named("strong") == ["segmentation", "mean_teacher", "bcp", "cctr"]
+    assert named("strong", "bcp") == ["bcp"] and named("strong", "unimatch") == []

@@ -12,7 +12,7 @@ from lib.runs import params
 def settings(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
     settings = params.load()
-    settings.grid |= {"rates": [1, 10, 100], "seeds": [1, 2], "variants": ["no pairs"]}
+    settings.grid |= {"rates": [1, 10, 100], "seeds": [1, 2]}
     return settings
 
 
@@ -22,20 +22,16 @@ def names(groups):
 
 def test_groups_share_a_registration_and_leave_out_what_the_pipeline_runs(settings):
     assert names(grid.groups_of(settings)) == [
-        ["strong-10-seed_1", "strong-100-seed_1", "strong-1-seed_1-no_pairs"],
-        ["strong-1-seed_2", "strong-10-seed_2", "strong-100-seed_2", "strong-1-seed_2-no_pairs"],
         ["paper-10-seed_1", "paper-100-seed_1"],
         ["paper-1-seed_2", "paper-10-seed_2", "paper-100-seed_2"],
     ]
     settings.grid |= {"rates": [], "seeds": []}
-    assert names(grid.groups_of(settings)) == [["strong-1-seed_1-no_pairs"]]  # at the pipeline's own rate and seed
-    settings.grid |= {"variants": []}
-    assert grid.groups_of(settings) == []
+    assert grid.groups_of(settings) == []  # at the pipeline's own rate and seed
 
 
 def test_where_the_data_lie_and_what_computes_do_not_repeat_an_item(settings, monkeypatch):
     settings.cohort = "hippocampus"
-    item = grid.Item("strong", 10, 2)
+    item = grid.Item("paper", 10, 2)
     monkeypatch.setenv("JOINT_SET", "scale=smoke")
     before = grid.key_of(item, settings)
     monkeypatch.setenv("JOINT_SET", "scale=smoke,device=cpu,hippocampus.folder=elsewhere")
@@ -44,57 +40,46 @@ def test_where_the_data_lie_and_what_computes_do_not_repeat_an_item(settings, mo
     assert grid.key_of(item, settings) != before
 
 
-def test_untrained_methods_run_once_a_rate_and_seed_beside_the_baseline(settings, monkeypatch):
-    for baseline in ("paper", "strong"):
-        settings.baseline = baseline
-        monkeypatch.setattr(grid.params, "load", lambda *a, **k: params.section(json.loads(json.dumps(settings))))
-        asked = []
-        monkeypatch.setattr(
-            grid.subprocess,
-            "run",
-            lambda command, **_: (
-                asked.append(command[command.index("untrained") + 1]) if "untrained" in command else None,
-                subprocess.CompletedProcess(command, 1, "", ""),
-            )[1],
-        )
-        for item in (
-            grid.Item("paper", 10, 1),
-            grid.Item("strong", 10, 1),
-            grid.Item("strong", 100, 1),
-            grid.Item("strong", 1, 1, "no pairs"),
-        ):
-            monkeypatch.setattr(grid, "notebooks_of", lambda *a: ["08_evaluation"])
-            with pytest.raises(RuntimeError):
-                grid.run(item, settings, 1)
-        assert asked == (
-            ["true", "false", "false", "false"] if baseline == "paper" else ["false", "true", "false", "false"]
-        )
+def test_untrained_methods_run_once_a_rate_and_seed_beside_the_papers(settings, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        grid.subprocess,
+        "run",
+        lambda command, **_: (
+            asked.append(command[command.index("untrained") + 1]) if "untrained" in command else None,
+            subprocess.CompletedProcess(command, 1, "", ""),
+        )[1],
+    )
+    monkeypatch.setattr(grid, "notebooks_of", lambda item: ["08_evaluation"])
+    for item in (grid.Item("paper", 10, 1), grid.Item("paper", 100, 1), grid.Item("strong", 1, 1, "", "bcp")):
+        with pytest.raises(RuntimeError):
+            grid.run(item, settings, 1)
+    assert asked == ["true", "false", "false"]
 
 
-def test_everything_labelled_leaves_only_fs(settings):
-    assert grid.notebooks_of(grid.Item("strong", 100, 1), settings) == ["02_pretrain_segmentation", "08_evaluation"]
-    assert "06_joint_plus" not in grid.notebooks_of(grid.Item("paper", 10, 1), settings)
-    assert "06_joint_plus" in grid.notebooks_of(grid.Item("strong", 10, 1), settings)
-
-
-def test_variants_begin_with_the_pretraining_that_they_share(settings):
-    variant = lambda name: grid.notebooks_of(grid.Item("strong", 1, 1, name), settings)
-    shared = ["03_pretrain_registration", "02_pretrain_segmentation"]
-    assert variant("no pairs") == [*shared, "06_joint_plus", "08_evaluation"]
-    assert variant("labelled by coverage") == [*shared, "06_joint_plus", "08_evaluation"]
-    assert variant("cross teaching alone") == [*shared, "07_cctr", "08_evaluation"]
+def test_everything_labelled_leaves_only_fs():
+    assert grid.notebooks_of(grid.Item("paper", 100, 1)) == ["02_pretrain_segmentation", "08_evaluation"]
+    assert grid.notebooks_of(grid.Item("paper", 10, 1)) == [
+        "02_pretrain_segmentation",
+        "03_pretrain_registration",
+        "04_joint_training",
+        "05_mean_teacher",
+        "08_evaluation",
+    ]
 
 
 def test_settings_of_other_methods_and_cohorts_do_not_repeat_an_item(settings):
-    items = grid.Item("paper", 10, 2), grid.Item("strong", 10, 1, "with contrast"), grid.Item("strong", 10, 2)
+    items = grid.Item("paper", 10, 2), grid.Item("strong", 10, 1, "with contrast", "cctr")
     before = [grid.key_of(item, settings) for item in items]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JOINT_SET", "scale=smoke,joint_plus.pairs=false,hippocampus.classes=two")
-        after = [grid.key_of(item, params.load()) for item in items]
-        assert after[:2] == before[:2] and after[2] != before[2]
-        patch.setenv("JOINT_SET", "scale=smoke,cctr.width=24,joint_plus.refinement.control_points=8")
-        after = [grid.key_of(item, params.load()) for item in items]
-        assert after[0] == before[0] and after[1] != before[1] and after[2] != before[2]
+    for change, changed in (
+        ("strong.bcp.share=0.5,hippocampus.classes=two", [False, False]),
+        ("cctr.width=24,refinement.control_points=8", [False, True]),
+        ("mean_teacher.decay=0.9", [True, False]),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("JOINT_SET", f"scale=smoke,{change}")
+            after = [grid.key_of(item, params.load()) for item in items]
+        assert [old != new for old, new in zip(before, after)] == changed
 
 
 def fake_run(fails=()):
@@ -123,7 +108,7 @@ def test_a_failing_item_does_not_stop_the_others_and_finished_ones_are_not_run_a
     assert grid.main() == 1
     assert "paper-10-seed_1" in capsys.readouterr().err
     done = [item for group in grid.groups_of(settings) for item in group if grid.is_done(item, settings)]
-    assert len(done) == 11
+    assert len(done) == 4
     run, calls = fake_run()
     monkeypatch.setattr(grid.subprocess, "run", run)
     assert grid.main() == 0
@@ -136,7 +121,7 @@ def result(folder, seed, dsc):
     folder.mkdir(parents=True)
     row = {
         "cohort": "c",
-        "recipe": "strong",
+        "recipe": "paper",
         "rate": 1,
         "n_labelled": 5,
         "seed": seed,
@@ -157,11 +142,11 @@ def finish(folder, item, settings):
 
 def test_the_pipelines_own_results_take_precedence_over_the_grids(settings, tmp_path, monkeypatch, capsys):
     grid_folder = tmp_path / "results" / "grid" / settings.cohort
-    result(grid_folder / "strong-1-seed_1", 1, 0.5)
-    result(grid_folder / "strong-1-seed_2", 2, 0.6)
+    result(grid_folder / "paper-1-seed_1", 1, 0.5)
+    result(grid_folder / "paper-1-seed_2", 2, 0.6)
     result(tmp_path / "results" / settings.cohort / "items" / "1-seed_1", 1, 0.9)
-    finish(grid_folder / "strong-1-seed_1", grid.Item("strong", 1, 1), settings)
-    finish(grid_folder / "strong-1-seed_2", grid.Item("strong", 1, 2), settings)
+    finish(grid_folder / "paper-1-seed_1", grid.Item("paper", 1, 1), settings)
+    finish(grid_folder / "paper-1-seed_2", grid.Item("paper", 1, 2), settings)
     per_image, _, _ = collecting.collect(settings)
     assert per_image.set_index("seed")["dsc"].to_dict() == {1: 0.9, 2: 0.6}
     assert per_image["subject"].tolist() == ["007", "007"]
@@ -169,5 +154,5 @@ def test_the_pipelines_own_results_take_precedence_over_the_grids(settings, tmp_
         patch.setenv("JOINT_SET", "scale=smoke,pseudo_masks.n=7")  # these would not come out of such settings
         assert collecting.collect(params.load())[0]["seed"].tolist() == [1]
     assert "of other settings or code" in capsys.readouterr().out
-    (grid_folder / "strong-1-seed_2" / "item.json").unlink()  # it has not finished
+    (grid_folder / "paper-1-seed_2" / "item.json").unlink()  # it has not finished
     assert collecting.collect(settings)[0]["seed"].tolist() == [1]

@@ -50,7 +50,7 @@ def test_consistency_sets_in_late_and_grows_to_one():
 def trial(tmp_path, monkeypatch):
     """An experiment on ellipses in which all draws of one kind of work are those of any other."""
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
-    settings = params.load("strong")
+    settings = params.load("paper")
     settings |= {"device": "cpu", "precision": "float32"}
     settings.segmentation |= {"epochs": 30, "max_steps": 30}
     made_up_cohort().save(params.cohort_file(settings))
@@ -118,7 +118,6 @@ def losses_of(trial, monkeypatch, step, **changes):
 
 def test_consistency_is_with_unlabelled_images_alone(trial, monkeypatch):
     """Labelled images have the loss and the gradient that they have without it, and it has none of them."""
-    trial.settings.segmentation["augmentation"] = "none"
     trial.data.images.requires_grad_()
     gradients = []
     for consistency in (0.0, 1.0):

@@ -20,7 +20,7 @@ NAME, NOTEBOOK, COLOUR = "made up", "12_made_up", "#123456"
 
 
 def add_a_method(patch, **changes):
-    """A method of a module of its own, that the strong recipe runs: its masks are the true ones."""
+    """A method of a module of its own, that the paper's recipe runs: its masks are the true ones."""
     module = ModuleType("lib.methods.made_up")
     module.predict = lambda experiment, index: {NAME: Prediction(0, experiment.data.masks[index])}
     patch.setitem(sys.modules, module.__name__, module)
@@ -30,7 +30,7 @@ def add_a_method(patch, **changes):
         NOTEBOOK,
         sections=("made_up",),
         version="first",
-        runs=lambda settings, recipe: recipe == "strong",
+        recipes=("paper",),
     )
     method = table.Method(NAME, stage._replace(**changes), COLOUR, "the truth", in_reliability=True)
     patch.setattr(table, "METHODS", (*table.METHODS, method))
@@ -41,7 +41,7 @@ def evaluated(tmp_path_factory):
     """The baseline and a made-up method, evaluated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JOINT_OUTPUT", str(tmp_path_factory.mktemp("methods")))
-        settings = params.load("strong")
+        settings = params.load("paper")
         made_up_cohort().save(params.cohort_file(settings))
         trial = Experiment(settings)
         pretrain_segmentation(trial)
@@ -104,46 +104,41 @@ def settings(tmp_path, monkeypatch):
 
 
 ITEMS = [
-    grid.Item("strong", 10, 2),
     grid.Item("paper", 10, 2),
-    grid.Item("strong", 100, 2),
-    grid.Item("strong", 1, 2, "no pairs"),
-    grid.Item("strong", 1, 2, "with contrast"),
+    grid.Item("strong", 10, 2, "", "bcp"),
+    grid.Item("strong", 1, 2, "with contrast", "cctr"),
 ]
 
 
 def test_the_grid_runs_its_notebook_where_it_runs(settings, monkeypatch):
-    before = [grid.notebooks_of(item, settings) for item in ITEMS]
+    before = [grid.notebooks_of(item) for item in ITEMS]
     add_a_method(monkeypatch)
-    after = [grid.notebooks_of(item, settings) for item in ITEMS]
+    after = [grid.notebooks_of(item) for item in ITEMS]
     assert after[0] == [*before[0][:-1], NOTEBOOK, before[0][-1]] and after[1:] == before[1:]
 
 
-def test_items_that_do_not_run_it_keep_their_results(settings, monkeypatch):
-    """Neither its being there, nor its settings, nor its version repeats anything of others."""
+def test_an_items_key_names_the_code_and_the_settings_of_its_own_stage(settings, monkeypatch):
     load = params.load
 
-    def keys(version, **section):
+    def keys(version, strength):
         with pytest.MonkeyPatch.context() as patch:
-            if version:
-                add_a_method(patch, version=version)
-                more = {"made_up": params.Section(section)} if section else {}
-                patch.setattr(grid.params, "load", lambda *a, **k: params.Section({**load(*a, **k), **more}))
-            return [grid.key_of(item, settings) for item in ITEMS]
+            add_a_method(patch, version=version, recipes=("strong",))
+            more = {"made_up": params.Section(strength=strength)}
+            patch.setattr(grid.params, "load", lambda *a, **k: params.Section({**load(*a, **k), **more}))
+            return [grid.key_of(item, settings) for item in [*ITEMS, grid.Item("strong", 10, 2, "", "made_up")]]
 
-    before = keys("")
-    assert keys("")[0] == before[0]  # a key is the same every time
-    others = [keys("first"), keys("first", strength=1), keys("first", strength=2), keys("second", strength=2)]
-    assert all(found[1:] == before[1:] for found in others)
-    assert len({before[0], *(found[0] for found in others)}) == 5
+    before = [grid.key_of(item, settings) for item in ITEMS]
+    found = [keys("first", 1), keys("first", 2), keys("second", 2)]
+    assert all(mine[:-1] == before for mine in found) and len({mine[-1] for mine in found}) == 3
 
 
 def test_every_stage_has_its_module_and_every_comparison_its_method():
     names = table.by_name()
     assert len(names) == len(table.METHODS) and len({method.colour for method in table.METHODS}) == len(names)
     for method in table.METHODS:
-        assert {*method.compared_with, method.companion} - {""} <= set(names)
-        assert callable(evaluation.module_of(method.stage).predict)
-        assert hasattr(evaluation.module_of(method.stage), "rounds") or not method.stage.rounds
+        assert set(method.compared_with) <= set(names)
+        for recipe in method.stage.recipes:
+            assert callable(evaluation.module_of(method.stage, recipe).predict)
+        assert hasattr(evaluation.module_of(method.stage, "paper"), "rounds") or not method.stage.rounds
     books = {file.stem for file in (params.ROOT / "notebooks").glob("*.ipynb")}
     assert {stage.notebook for trained in (True, False) for stage in table.stages(trained)} <= books

@@ -47,8 +47,8 @@ def fill(folder, cases=6, labelled=2, slices=3):
 
 def settings_for(folder, monkeypatch, **changes):
     monkeypatch.setenv("JOINT_SET", "scale=smoke")
-    settings = params.load("fair", "folder")
-    settings.fair.training |= {"steps": 60}
+    settings = params.load("strong", "folder")
+    settings.strong.training |= {"steps": 60}
     settings.pseudo_masks |= {"n": 2}
     settings.folder |= {
         "images": str(folder / "images"),
@@ -142,11 +142,11 @@ def test_from_ten_labelled_subjects_on_a_fifth_is_held_out_and_a_single_one_cann
 
 def test_quick_networks_take_fewer_steps_and_memory_that_is_short_smaller_batches(monkeypatch, tmp_path):
     settings = settings_for(tmp_path, monkeypatch)
-    settings.fair.training |= {"steps": 400, "batch": 16}
+    settings.strong.training |= {"steps": 400, "batch": 16}
     quick, small = fold_settings(settings, 1, quick=True), fold_settings(settings, 0, divisor=8)
-    assert quick.fair.training.steps == 100 and quick.folder.unlabelled == 0
-    assert small.fair.training.steps == 400 and small.fair.training.batch == 4 and small.registration.batch >= 1
-    assert settings.fair.training.batch == 16
+    assert quick.strong.training.steps == 100 and quick.folder.unlabelled == 0
+    assert small.strong.training.steps == 400 and small.strong.training.batch == 4 and small.registration.batch >= 1
+    assert settings.strong.training.batch == 16
 
 
 def test_cases_of_one_subject_are_held_out_together():

@@ -18,7 +18,7 @@ def test_overrides_reach_the_setting(monkeypatch):
     ("assignment", "words"),
     [
         ("cohort=brain", "cohort 'brain'.*midbrain, hippocampus"),
-        ("recipe=best", "recipe 'best'"),
+        ("scale=best", "scale 'best'"),
         ("scale=huge", "scale 'huge'"),
         ("rate=0", "rate 0"),
         ("sed=1", "'sed' is not a setting"),
@@ -29,7 +29,9 @@ def test_overrides_reach_the_setting(monkeypatch):
         ("folder.size=0", "folder.size 0"),
         ("folder.axis=3", "folder.axis 3"),
         ("folder.review=high", "review 'high'"),
-        ("joint_plus.pairs=7", "pairs '7'"),
+        ("strong.bcp.one_piece=7", "one_piece '7'"),
+        ("strong.selection=test", "selection 'test'"),
+        ("baseline=[strong]", "paper alone, not strong"),
     ],
 )
 def test_unknown_settings_and_values_are_errors(monkeypatch, assignment, words):
@@ -72,9 +74,9 @@ def test_every_scale_and_recipe_is_complete(monkeypatch, scale, recipe):
     monkeypatch.setenv("JOINT_SET", f"scale={scale}")
     settings = params.load(recipe)
     assert settings.segmentation.epochs and settings.registration.epochs and settings.joint.rounds
-    trained = settings.fair.training if recipe == "fair" else settings.segmentation
+    trained = settings.strong.training if recipe == "strong" else settings.segmentation
     assert trained.learning_rate > 0 and settings.registration.learning_rate > 0
-    assert recipe == "fair" or settings.joint.segmentation_learning_rate > 0
+    assert settings.joint.segmentation_learning_rate > 0 and settings.strong.joint.rounds > 0
     assert settings.midbrain.field_of_view % settings.midbrain.size == 0
 
 
@@ -93,8 +95,6 @@ def test_the_paper_scale_and_recipe_are_the_papers(monkeypatch):
 @pytest.mark.parametrize(
     ("assignment", "variant", "words"),
     [
-        ("coverage.choose=true", None, "for `variants` alone"),
-        ("cohort=acdc", "labelled by coverage", "acdc is labelled by patient"),
         ("cctr.recipes=[paper]", None, "cctr.recipes .* may name strong alone"),
     ],
 )
@@ -104,10 +104,20 @@ def test_what_makes_no_sense_is_refused(monkeypatch, assignment, variant, words)
         params.load(variant=variant)
 
 
-def test_the_baseline_runs_beside_the_recipe():
-    assert params.recipes(params.Section(recipe="strong", baseline="paper")) == ["paper", "strong"]
-    assert params.recipes(params.Section(recipe="strong", baseline="strong")) == ["strong"]
-    assert params.recipes(params.Section(recipe="paper", baseline="paper")) == ["paper"]
+def test_the_papers_recipe_runs_beside_the_strong_one_where_it_is_to():
+    assert params.recipes(params.load()) == ["paper", "strong"]
+    assert params.recipes(params.load(changes=["baseline=[]"])) == ["strong"]
+
+
+def test_weights_are_chosen_by_validation_in_the_papers_recipe_and_by_nothing_in_the_other():
+    assert params.load("paper").selection == "validation" and params.load("strong").selection == "none"
+    assert params.load("strong", changes=["strong.selection=validation"]).selection == "validation"
+
+
+def test_a_cohorts_own_settings_of_the_recipe_hold_for_it_alone():
+    hearts, others = params.load(cohort="acdc").strong, params.load(cohort="midbrain").strong
+    assert hearts.bcp.one_piece and not others.bcp.one_piece and hearts.augmentation.rotation == 45
+    assert "acdc" not in hearts and "acdc" not in others
 
 
 def test_a_mistyped_attribute_names_what_there_is():

@@ -1,4 +1,4 @@
-"""The methods of recipe `fair`: copy-paste, pairs, who teaches whom; one augmentation and one loss for all."""
+"""The methods of recipe `strong`: copy-paste, pairs, who teaches whom; one augmentation and one loss for all."""
 
 from importlib import import_module
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def draws(seed=0):
 @pytest.fixture
 def trial(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
-    settings = params.load("fair")
+    settings = params.load("strong")
     settings |= {"device": "cpu", "precision": "float32"}
     made_up_cohort().save(params.cohort_file(settings))
     return Experiment(settings)
@@ -98,7 +98,7 @@ def test_the_loss_is_zero_where_all_is_right_and_looks_only_where_pixels_count()
     assert float(alike) == pytest.approx(float(losses.segmentation_loss(logits, target)), rel=1e-5)
 
 
-SETTINGS = params.load("fair").fair.augmentation
+SETTINGS = params.load("strong").strong.augmentation
 
 
 def test_image_and_mask_move_alike_and_light_moves_nothing():
@@ -131,7 +131,7 @@ def test_the_most_similar_labelled_images_are_kept_and_a_pair_is_of_its_own_imag
     still = SimpleNamespace(eval=lambda: still, register=lambda source, target: torch.zeros(len(source), 2, 32, 32))
     monkeypatch.setattr(pairs, "load_pretrained_registration", lambda experiment: torch.nn.Identity())
     monkeypatch.setattr(pairs, "Refined", lambda network, options: still)
-    trial.settings.fair.pairs |= {"candidates": 5, "kept": 2}
+    trial.settings.strong.pairs |= {"candidates": 5, "kept": 2}
     found = pairs.register_pairs(trial)
     similar = torch.stack(
         [
@@ -169,32 +169,35 @@ def test_random_fields_are_as_strong_as_those_that_they_replace_and_shuffled_one
 
 @pytest.mark.parametrize("stage", PEERS)
 def test_every_method_trains_sees_its_budget_and_predicts(trial, stage):
-    trial.settings.fair.training |= {"steps": 6, "batch": 8}
+    trial.settings.strong.training |= {"steps": 6, "batch": 8}
     trial.settings.registration |= {"epochs": 1}
     seen = []
     network = trial.segmentation_network
     (made := []).clear()
     trial.segmentation_network = lambda: made.append(network()) or made[-1]
-    if stage in ("brainstorm", "one_stage"):
+    if "registration" in table.by_stage(stage).after:
         pretrain_registration(trial)
     first = len(made)
     hooked = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, given: (
-            seen.append(len(given[0])) if made[first:] and module is made[-1] and module.training else None
+            seen.append(len(given[0])) if made[first:] and module in made[first:] and module.training else None
         )
     )
     try:
         _, fit = import_module(f"lib.methods.peers.{PEERS[stage]}").train(trial)
     finally:
         hooked.remove()
-    steps = 3 if stage == "self_training" else 6  # the teacher has had the other half
+    steps = (
+        3 if stage in ("self_training", "joint") else 6
+    )  # the teacher, and the start of joint, have had the other half
     assert len(fit.history) == steps
     extra = 4 if stage == "unimatch" else 0  # the second strong view of the same images
-    assert seen == [8 + extra] * 6  # of self-training both halves
+    assert seen == [8 + extra] * 6  # of self-training and joint both halves
     del trial.segmentation_network
     index = trial.cohort.index("test")
     found = evaluation.predict(trial, index, only=stage)
-    assert all(mask.masks.shape == (len(index), 1, 32, 32) for mask in found.values()) and len(found) == 1
+    assert all(mask.masks.shape == (len(index), 1, 32, 32) for mask in found.values())
+    assert set(found) == {method.name for method in table.METHODS if method.stage.name == stage}
 
 
 @pytest.fixture
@@ -205,22 +208,26 @@ def settings(tmp_path, monkeypatch):
 
 def test_every_stage_of_the_recipe_is_an_item_and_reads_its_own_settings_alone(settings):
     both = params.Section(rates=[1, 10], draws=2, stages=["bcp", "brainstorm"])
-    settings.contest["methods"] = [both, params.Section(rates=[1], draws=1, stages=["elastic"])]
+    settings.contest.methods[settings.cohort] = [both, params.Section(rates=[1], draws=1, stages=["elastic"])]
     groups = grid.contest_of(settings)
-    named = [[f"fair-{stage}-{rate}-seed_{seed}" for rate in (1, 10) for stage in both.stages] for seed in (1, 2)]
-    assert [[item.name for item in group] for group in groups] == [[*named[0], "fair-elastic-1-seed_1"], named[1]]
+    named = [[f"strong-{stage}-{rate}-seed_{seed}" for rate in (1, 10) for stage in both.stages] for seed in (1, 2)]
+    assert [[item.name for item in group] for group in groups] == [[*named[0], "strong-elastic-1-seed_1"], named[1]]
     pasted, warped = groups[0][:2]
-    assert grid.notebooks_of(pasted, settings) == ["12_fair", "08_evaluation"]
-    assert grid.notebooks_of(warped, settings) == ["03_pretrain_registration", "12_fair", "08_evaluation"]
-    plain = grid.Item("strong", 10, 1)
+    assert grid.notebooks_of(pasted) == ["12_peers", "08_evaluation"]
+    assert grid.notebooks_of(warped) == ["03_pretrain_registration", "12_peers", "08_evaluation"]
+    ours = grid.Item("strong", 1, 1, "", "one_stage")
+    assert grid.notebooks_of(ours) == ["03_pretrain_registration", "06_joint_plus", "08_evaluation"]
+    plain = grid.Item("paper", 10, 1)
     keys = lambda: [grid.key_of(item, params.load()) for item in (pasted, warped, plain)]
     before = keys()
     for change, changed in (
-        ("fair.bcp.share=0.5", [0]),
-        ("fair.pairs.kept=1", [1]),
-        ("scales.smoke.fair.training.steps=7", [0, 1]),
+        ("strong.bcp.share=0.5", [0]),
+        ("strong.pairs.kept=1", [1]),
+        ("scales.smoke.strong.training.steps=7", [0, 1]),
         ("registration.batch=7", [1, 2]),
-        ("joint_plus.pairs=false", [2]),
+        ("strong.selection=validation", [0, 1]),
+        ("refinement.smoothness=0.4", [1]),
+        ("pseudo_masks.n=7", [2]),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("JOINT_SET", f"scale=smoke,{change}")
@@ -229,8 +236,8 @@ def test_every_stage_of_the_recipe_is_an_item_and_reads_its_own_settings_alone(s
 
 def test_an_item_says_what_its_method_took(settings):
     costs = {"registration": 60, "pairs": 12, "brainstorm": 120, "bcp": 90}
-    item = grid.Item("fair", 1, 1, "", "brainstorm")
-    cabinet = Cabinet(params.load("fair", seed=1), None)
+    item = grid.Item("strong", 1, 1, "", "brainstorm")
+    cabinet = Cabinet(params.load("strong", seed=1), None)
     for stage, seconds in costs.items():
         cabinet.cost_file(stage).parent.mkdir(parents=True, exist_ok=True)
         cabinet.cost_file(stage).write_text(f'{{"seconds": {seconds}, "device": "CPU (1 threads)"}}')

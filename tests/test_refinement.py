@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from lib.losses import gncc
-from lib.refinement import Refined, refine, refined
+from lib.refinement import refine
 from lib.runs import params
 from lib.warping import folding, warp
 
-OPTIONS = params.Section(params.load().joint_plus.refinement | {"steps": [10, 20]})
+OPTIONS = params.Section(params.load().refinement | {"steps": [10, 20]})
 
 
 def blobs(centres, side=64):
@@ -55,9 +55,3 @@ def test_volumes_are_refined_as_images_are():
     before, after = gncc(source, target), gncc(warp(source, field), target)
     assert float(1 - after) < 0.2 * float(1 - before) and folding(field).max() < 0.01
     assert field[0, :, 14, 14, 14].tolist() == pytest.approx([-2, 1, 0], abs=0.5)
-
-
-def test_it_can_be_switched_off():
-    networks = torch.nn.Identity(), torch.nn.Identity()
-    assert refined(networks, params.Section(refine=False)) is networks
-    assert isinstance(refined(networks, params.Section(refine=True, refinement=OPTIONS))[1], Refined)

@@ -44,7 +44,7 @@ def stale(before, after):
     return {name for name, (_, texts) in stages().items() if changed & set(texts)}
 
 
-TRAINING = {"segmentation", "registration", "joint", "mean_teacher", "joint_plus", "cctr"}
+TRAINING = {"segmentation", "registration", "joint", "mean_teacher", "peers", "joint_plus", "cctr"}
 EVALUATED = {"evaluation", "grid", "own_data", "capacity", "contest_items"}
 TRAINED = {*TRAINING, *EVALUATED, "figure2"}
 
@@ -55,12 +55,12 @@ TRAINED = {*TRAINING, *EVALUATED, "figure2"}
         ("losses.py", {"cohort", "contest_cohort", *TRAINED, "bench"}),
         (
             "methods/mean_teacher.py",
-            {"mean_teacher", "joint_plus", "cctr", *EVALUATED},
+            {"mean_teacher", "peers", "joint_plus", "cctr", *EVALUATED},
         ),
-        ("methods/joint_plus.py", {"joint_plus", *EVALUATED}),
+        ("methods/peers/one_stage.py", {"peers", "joint_plus", *EVALUATED}),
         ("methods/cctr/contrast.py", {"cctr", *EVALUATED}),
         ("methods/classical.py", EVALUATED),
-        ("methods/peers/bcp.py", EVALUATED),
+        ("methods/peers/rounds.py", {"peers", *EVALUATED - {"own_data", "capacity"}}),
         ("cohorts/hippocampus.py", {"cohort", "contest_cohort"}),
         ("results/tables.py", {"table1", "contest_table"}),
         ("results/figures/comparisons.py", {"table1"}),

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from lib.results import collecting, published, tables
-from lib.results.ablation import ablation, ablation_markdown
 from lib.results.figures import comparisons
 from lib.results.statistics import average_classes
 
@@ -176,139 +175,20 @@ def test_the_label_efficiency_says_what_is_counted(counted):
     assert upper.lines[0].get_ydata().tolist() == [0.5, 0.75]
 
 
-def test_the_ablation_compares_a_variant_with_joint_plus_on_the_same_seeds():
+def test_published_figures_have_their_rows_in_table_1():
     per_image = average_classes(
         pd.concat(
             [
-                rows_of("strong", "joint+", [0.9, 0.9, 0.8, 0.8]),
-                rows_of("strong", "joint+", [0.1] * 4, seed=2),
-                rows_of("strong", "joint+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
-                rows_of("strong", "combined+", [0.8, 0.8, 0.7, 0.7], variant="no pairs"),
-                rows_of("strong", "combined+", [0.9, 0.9, 0.8, 0.8]),
+                rows_of("strong", "fs", [0.6, 0.6], cohort="ACDC"),
+                rows_of("strong", "cctr", [0.9, 0.9], cohort="ACDC"),
             ],
             ignore_index=True,
         )
-    )
-    rounds = pd.DataFrame(
-        [
-            {
-                "cohort": "made up",
-                "recipe": "strong",
-                "rate": 1,
-                "seed": 1,
-                "variant": variant,
-                "stage": "joint+",
-                "round": number,
-                "split": "validation",
-                "dsc_segmentation": score,
-            }
-            for variant, number, score in (("", 0, 0.8), ("", 1, 0.95), ("no pairs", 0, 0.8), ("no pairs", 1, 0.7))
-        ]
-    )
-    table = ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
-    assert table.loc["as it stands", "dsc"] == pytest.approx(0.85)  # of seed 1, the only one with the variant
-    assert table.loc["no pairs", "difference"] == pytest.approx(-0.1)
-    assert table.loc["no pairs", "p"] == table.loc["no pairs", "p_holm"] == 0.5 and np.isnan(table["p"].iloc[0])
-    assert table.loc["no pairs", "companion dsc"] == pytest.approx(0.75)
-    assert table["validation dsc"].to_dict() == {"as it stands": 0.95, "no pairs": 0.8}
-    assert "no pairs" in ablation_markdown(ablation(per_image, rounds))
-    without = ablation(per_image[per_image["variant"] == ""], rounds)
-    assert "has not been run" in ablation_markdown(without)
-
-
-def test_p_of_the_ablation_is_corrected_over_the_variants():
-    scores = np.linspace(0.5, 0.9, 24)
-    per_image = average_classes(
-        pd.concat(
-            [
-                rows_of("strong", "joint+", scores),
-                rows_of("strong", "joint+", scores - 0.1, variant="no pairs"),
-                rows_of("strong", "joint+", scores + 0.1, variant="plain mean"),
-            ],
-            ignore_index=True,
-        )
-    )
-    rounds = pd.DataFrame(columns=["rate", "recipe", "seed", "variant", "stage", "split", "dsc_segmentation"])
-    table = ablation(per_image, rounds).query("`class` == 'mean'").set_index("variant")
-    assert table["p"].iloc[1:].tolist() == pytest.approx([2 / 2**12] * 2)
-    assert table["p_holm"].iloc[1:].tolist() == pytest.approx([4 / 2**12] * 2)
-
-
-def test_variants_of_cctr_are_compared_with_cctr():
-    per_image = average_classes(
-        pd.concat(
-            [
-                rows_of("strong", "cctr", [0.9, 0.9]),
-                rows_of("strong", "cctr-b", [0.8, 0.8]),
-                rows_of("strong", "fs", [0.6, 0.6]),
-                rows_of("strong", "joint+", [0.5, 0.5]),
-                rows_of("strong", "joint+", [0.4, 0.4], variant="no pairs"),
-                rows_of("strong", "cctr", [0.7, 0.7], variant="with contrast"),
-                rows_of("strong", "cctr-b", [0.6, 0.6], variant="with contrast"),
-            ],
-            ignore_index=True,
-        )
-    )
-    rounds = pd.DataFrame(columns=["variant", "stage", "rate", "recipe", "split", "seed", "dsc_segmentation"])
-    everything = ablation(per_image, rounds)
-    table = everything[everything["class"] == "mean"]
-    assert everything["class"].unique().tolist() == ["mean", "a"] and everything["p"].count() == table["p"].count()
-    assert table.groupby("method")["variant"].agg(list).to_dict() == {
-        "joint+": ["as it stands", "no pairs"],
-        "cctr": ["as it stands", "with contrast"],
-    }
-    row = table[table["variant"] == "with contrast"].iloc[0]
-    assert (row["dsc"], row["companion dsc"]) == pytest.approx((0.7, 0.6))
-    assert row["difference"] == pytest.approx(-0.2) and row["companion difference"] == pytest.approx(-0.2)
-    assert row["hd difference"] == pytest.approx(2) and row["companion hd difference"] == pytest.approx(2)
-    assert "| with contrast" in ablation_markdown(table)
-
-
-def test_the_companion_is_tested_by_itself():
-    scores = np.linspace(0.5, 0.7, 24)
-    per_image = average_classes(
-        pd.concat(
-            [
-                rows_of("strong", "cctr", scores),
-                rows_of("strong", "cctr-b", scores),
-                rows_of("strong", "cctr", scores, variant="with contrast"),
-                rows_of("strong", "cctr-b", scores - 0.1 - scores / 10, variant="with contrast"),
-            ],
-            ignore_index=True,
-        )
-    )
-    rounds = pd.DataFrame(columns=["variant", "stage", "rate", "recipe", "split", "seed", "dsc_segmentation"])
-    row = ablation(per_image, rounds).query("`class` == 'mean' and variant == 'with contrast'").iloc[0]
-    assert row["p"] == row["hd p"] == 1
-    assert row["companion p"] == row["companion hd p_holm"] == pytest.approx(2 / 2**12)
-
-
-def test_variants_of_cctr_and_published_figures_have_their_rows_in_table_1():
-    per_image = average_classes(
-        pd.concat(
-            [
-                rows.assign(n_labelled=3)
-                for rows in (
-                    rows_of("strong", "fs", [0.6, 0.6], cohort="ACDC"),
-                    rows_of("strong", "cctr", [0.9, 0.9], cohort="ACDC"),
-                    rows_of("strong", "joint+", [0.4, 0.4], variant="no pairs", cohort="ACDC"),
-                    rows_of("strong", "cctr", [0.7, 0.7], variant="with contrast", cohort="ACDC"),
-                )
-            ],
-            ignore_index=True,
-        )
-    )
-    compared = tables.compare(per_image[per_image["variant"] == ""])
-    assert set(compared["metric"]) == {"dsc", "hd", "hd95"}
-    table = published.with_published(tables.table1(tables.with_variants(per_image), compared))
-    overall = table[(table["seed"] == "all") & (table["class"] == "mean")].set_index("method")
-    assert list(overall.index) == ["fs", "cctr", "cctr, with contrast", "PS-MT", "BCP", "UniMatch"]
-    assert overall["dsc_mean"].tolist()[:3] == pytest.approx([0.6, 0.9, 0.7]) and overall["dsc_mean"][3:].isna().all()
-    assert overall.loc["UniMatch", "dsc_published"] == 0.8761 and np.isnan(overall.loc["fs", "dsc_published"])
-    text = tables.markdown(table)
-    assert "| 0.876 " in text and "| cctr, with contrast |" in text
-    assert {"fs", "cctr", "cctr, with contrast"} == set(tables.metrics(table)["ACDC"]["strong"]["1 %"])
-    assert comparisons.label_efficiency(table, "patients").axes[0].get_lines()
+    ).assign(n_labelled=3)
+    table = published.with_published(tables.table1(per_image, tables.compare(per_image)))
+    assert set(table["method"]) == {"fs", "cctr", "PS-MT", "BCP", "UniMatch"}
+    assert {"fs", "cctr"} == set(tables.metrics(table)["ACDC"]["strong"]["1 %"])
+    assert "PS-MT" in tables.markdown(table)
 
 
 def test_the_summary_has_a_row_a_method_and_a_column_a_number_of_labels():

@@ -15,18 +15,16 @@ from lib import training
 from lib.cohorts.cohort import Cohort
 from lib.cohorts.reading import min_max
 from lib.cohorts.splitting import split_by_subject
-from lib.methods import experiment, joint, joint_plus, mean_teacher, pretraining, table
+from lib.methods import experiment, joint, mean_teacher, pretraining
+from lib.methods.peers import elastic, one_stage, rounds
 from lib.results import evaluation, tables
 from lib.results.statistics import average_classes
 from lib.runs import params
 from lib.runs.cabinet import Checkpoint, load_saved, save_atomically
 from lib.runs.params import cohort_file
 
-OWN_TESTS = (
-    "cctr",
-    *(stage.name for stage in table.stages() if stage.peer == stage.name),
-)  # those of test_cctr, test_peers
-METHODS = {name for name, method in table.by_name().items() if method.stage.name not in OWN_TESTS}
+PAPER = {"fs", "mt", "registration", "joint", "combined"}
+STRONG = {"registration", "joint", "combined", "fs+elastic", "joint+"}
 
 
 def made_up_cohort(slices=30, side=32, classes=("ellipse",)):
@@ -57,7 +55,7 @@ def made_up_cohort(slices=30, side=32, classes=("ellipse",)):
 @pytest.fixture
 def trial(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
-    settings = params.load("strong")
+    settings = params.load("paper")
     made_up_cohort().save(cohort_file(settings))
     return experiment.Experiment(settings)
 
@@ -75,9 +73,8 @@ def test_the_same_seed_gives_the_same_numbers(trial, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(fit.history, fit_again.history)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "strong"])
-def test_segmentation_learns_ellipses(trial, recipe):
-    settings = params.load(recipe)
+def test_segmentation_learns_ellipses(trial):
+    settings = params.load("paper")
     settings.segmentation |= {"epochs": 120, "max_steps": 120}
     settings.segmentation["learning_rate"] = 0.003
     trial = experiment.Experiment(settings)
@@ -114,10 +111,7 @@ def test_true_masks_of_unlabelled_and_test_images_train_nothing(trial, tmp_path,
         registration, _ = pretraining.pretrain_registration(own)
         teacher, *_ = mean_teacher.train_mean_teacher(own)
         measured.append(joint.joint_rounds(own).measured)
-        joint_plus.joint_plus_rounds(own)
-        last = [experiment.load_round(own, 1, stage) for stage in ("joint", "joint_plus")]
-        joint_networks = [network for networks, _ in last for network in networks]
-        weights.append([segmentation, registration, teacher, *joint_networks])
+        weights.append([segmentation, registration, teacher, *experiment.load_round(own, 1)[0]])
     assert all(same_weights(*pair) for pair in zip(*weights, strict=True))
     unlabelled = [frame[frame["split"] == "unlabelled"]["dsc_segmentation"].to_numpy() for frame in measured]
     assert (np.abs(unlabelled[0] - unlabelled[1]) > 0.1).all()
@@ -130,39 +124,46 @@ def test_several_classes_from_training_to_tables_by_every_method(trial):
     pretraining.pretrain_registration(trial)
     joint.joint_rounds(trial)
     mean_teacher.train_mean_teacher(trial)
-    joint_plus.joint_plus_rounds(trial)
-    found, classical = evaluation.evaluate(trial), evaluation.evaluate_untrained(trial)
-    per_image = pd.concat([found.per_image, classical.per_image], ignore_index=True)
-    assert set(per_image["class"]) == {"left", "right"} and set(per_image["method"]) == METHODS
-    assert per_image["confidence"].between(0.5, 1).all()
-    assert set(found.masks) == METHODS - {"classical"}
+    strong = experiment.Experiment(params.load("strong"))
+    pretraining.pretrain_registration(strong)
+    for peer in (elastic, rounds, one_stage):
+        peer.train(strong)
+    found = [evaluation.evaluate(trial), evaluation.evaluate(strong), evaluation.evaluate_untrained(trial)]
+    assert [set(part.masks) for part in found] == [PAPER, STRONG, {"classical"}]
+    per_image = pd.concat([part.per_image for part in found], ignore_index=True)
+    assert set(per_image["class"]) == {"left", "right"} and per_image["confidence"].between(0.5, 1).all()
     best = set(" ".join(evaluation.rounds(trial)["best_for"]).split())
-    assert best == {"joint", "registration", "combined", "joint+", "registration+", "combined+"}
+    assert best == {"joint", "registration", "combined"} and not len(evaluation.rounds(strong))
     averaged = average_classes(per_image)
     table = tables.table1(averaged, tables.compare(averaged))
-    overall = table[(table["seed"] == "all") & (table["recipe"] == "strong")]
-    assert overall["class"].value_counts().to_dict() == {"mean": 8, "left": 8, "right": 8}
+    overall = table[(table["seed"] == "all") & (table["recipe"] == "paper")]
+    assert overall["class"].value_counts().to_dict() == {"mean": 5, "left": 5, "right": 5}
     assert overall["n_test"].unique().tolist() == [len(trial.cohort.index("test"))]
-    assert overall.loc[overall["class"] == "mean", "p_fs_holm"].notna().sum() == 7
-    assert len(tables.calibrated(averaged, pd.concat([found.reliability, classical.reliability]))) == 9
+    assert overall.loc[overall["class"] == "mean", "p_fs_holm"].notna().sum() == 4
+    assert len(tables.calibrated(averaged, pd.concat([part.reliability for part in found]))) == 11
 
 
 SCRIPT = """
 import sys
 from lib import training
-from lib.methods import experiment, joint, joint_plus, mean_teacher, pretraining
+from lib.methods import experiment, joint, mean_teacher, pretraining
 from lib.methods.cctr import correspondence
 from lib.methods.cctr import train as cctr
+from lib.methods.peers import one_stage, rounds
 from lib.runs import params
 training.CHECKPOINT_SECONDS = 0
-trial = experiment.Experiment(params.load("strong"))
+trial = experiment.Experiment(params.load("paper"))
 trial.settings.segmentation |= {"epochs": 80, "max_steps": 80}
 pretraining.pretrain_segmentation(trial)
 pretraining.pretrain_registration(trial)
 joint.joint_rounds(trial)
 mean_teacher.train_mean_teacher(trial)
-joint_plus.joint_plus_rounds(trial)
-trial.settings.cctr |= {"steps": 30, "batch": 4, "watched": 4}
+trial = experiment.Experiment(params.load("strong"))
+trial.settings.strong.training |= {"steps": 30, "batch": 4}
+pretraining.pretrain_registration(trial)
+one_stage.train(trial)
+rounds.train(trial)
+trial.settings.cctr |= {"watched": 4}
 cctr.train_cctr(trial, correspondence.stored_registration(trial))
 """
 
@@ -204,7 +205,7 @@ def test_a_stopped_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatc
         run_script(tmp_path / "killed", checkpoints, number)
     run_script(tmp_path / "killed")
     models = [sorted((tmp_path / name / "work" / "models").rglob("*.pt")) for name in ("whole", "killed")]
-    assert len(models[0]) == 8 and [f.name for f in models[0]] == [f.name for f in models[1]]
+    assert len(models[0]) == 9 and [f.name for f in models[0]] == [f.name for f in models[1]]
     assert [f.read_bytes() for f in models[0]] == [f.read_bytes() for f in models[1]]
 
 
@@ -223,10 +224,10 @@ def test_a_checkpoint_of_other_work_is_not_resumed(tmp_path):
 
 
 def test_settings_data_and_seed_are_in_the_fingerprint(trial):
-    settings = params.load("strong")
+    settings = params.load("paper")
     settings["seed"] += 1
     assert experiment.Experiment(settings).origin != trial.origin
-    assert experiment.Experiment(params.load("paper")).origin != trial.origin
+    assert experiment.Experiment(params.load("strong")).origin != trial.origin
     cohort = made_up_cohort()
     cohort.images[0, 0, 0] += 0.1
     cohort.save(cohort_file(settings))

@@ -18,10 +18,8 @@ import torch
 from matplotlib.image import imread
 from test_training import made_up_cohort
 
-from lib.methods import experiment, joint_plus, pretraining
+from lib.methods import experiment, joint, pretraining
 from lib.metrics import harden
-from lib.pseudo_masks import fuse
-from lib.refinement import refined
 from lib.results.figures import viewer
 from lib.runs import params
 
@@ -33,12 +31,12 @@ def trial(tmp_path_factory):
     """An experiment on ellipses, both networks pre-trained and joint+ trained at scale smoke."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JOINT_OUTPUT", str(tmp_path_factory.mktemp("output")))
-        settings = params.load("strong")
+        settings = params.load("paper")
         made_up_cohort(classes=("left", "right")).save(params.cohort_file(settings))
         found = experiment.Experiment(settings)
         pretraining.pretrain_segmentation(found)
         pretraining.pretrain_registration(found)
-        joint_plus.joint_plus_rounds(found)
+        joint.joint_rounds(found)
         yield found
 
 
@@ -67,9 +65,9 @@ def test_layers_are_what_the_experiment_gives(trial, number):
     index = int(trial.data.unlabelled[2])
     found = viewer.experiment_layers(trial)(index, number)
     assert set(found) == set(viewer.LAYERS)
-    networks, saved = experiment.load_round(trial, number, "joint_plus")
-    masks = trial.generate(refined(networks, trial.settings.joint_plus), torch.tensor([index]), "", "viewer", index)
-    soft = fuse(masks, saved["weight"]).soft[0]
+    networks, _ = experiment.load_round(trial, number)
+    masks = trial.generate(networks, torch.tensor([index]), "", "viewer", index)
+    soft = masks.soft[0]
     expected = {
         "image": trial.data.images[index, 0],
         "true mask": trial.data.masks[index],
@@ -190,7 +188,7 @@ def test_without_a_front_end_there_is_a_still_picture(tmp_path):
 def lab(trial, tmp_path):
     """Address of JupyterLab on copies of the notebooks with a viewer, which work on the trial's output."""
     (tmp_path / "notebooks").mkdir()
-    for name in ("06_joint_plus", "11_own_data"):
+    for name in ("04_joint_training", "11_own_data"):
         shutil.copy(params.ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "notebooks")
     for name in ("lib", "params.yaml"):
         (tmp_path / name).symlink_to(params.ROOT / name)
@@ -372,7 +370,7 @@ def test_the_keyboard_moves_the_viewer_in_jupyterlab(trial, lab, browser, tmp_pa
 
     expected = viewer.experiment_viewer(trial, torch.cat((trial.data.unlabelled, trial.data.validation)))
     layers = expected.layer.options
-    page = Page(browser, lab, "06_joint_plus")
+    page = Page(browser, lab, "04_joint_training")
     page.check(expected, seconds=120)  # every cell has run
     browser.find_element("css selector", ".jupyter-widgets select").send_keys(Keys.TAB)  # on to the slider of the cases
     for control, value, keys in (

@@ -57,7 +57,7 @@ def refused(build, settings, words):
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     monkeypatch.setattr(acdc, "SPLIT", SPLIT)
-    return params.Section(folder=str(tmp_path / "acdc"), external="", size=32, patients={})
+    return params.Section(folder=str(tmp_path / "acdc"), external="", size=32, window=0, patients={})
 
 
 @pytest.fixture(params=["flat", "challenge"])
@@ -194,7 +194,9 @@ def test_registration_partners_lie_at_the_same_height(settings, folder):
 def test_the_pieces_fit_the_experiment(settings, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / "out"))
     settings = params.load("strong", cohort="acdc", rate=34)
-    acdc.build(params.Section(folder=str(folder), external="", size=32, patients={})).save(params.cohort_file(settings))
+    acdc.build(params.Section(folder=str(folder), external="", size=32, window=0, patients={})).save(
+        params.cohort_file(settings)
+    )
     trial = Experiment(settings)
     networks = trial.segmentation_network(), trial.registration_network()
     masks = trial.generate(networks, trial.cohort.index("test"), "test", "test")
@@ -209,7 +211,7 @@ def test_the_real_acdc_data():
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     few = {"train": 1, "validation": 1, "test": 1}
-    cohort = acdc.build(params.Section(folder=str(folder), external="", size=96, patients=few))
+    cohort = acdc.build(params.Section(folder=str(folder), external="", size=96, window=0, patients=few))
     assert set(cohort.subjects) == {acdc.SPLIT[split][0] for split in few} and len(cohort.names()) == 6
     for name in cohort.names():
         marked = cohort.labels[cohort.volumes == name]
@@ -225,21 +227,24 @@ def test_the_notebooks_run_on_volumes_and_write_what_the_pipeline_declares(tmp_p
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path / "out"))
     monkeypatch.setenv(
         "JOINT_SET",
-        f"scale=smoke,cohort=acdc,rate=17,acdc.folder={tmp_path / 'acdc'},baseline=strong,cctr.recipes=[strong]",
+        f"scale=smoke,cohort=acdc,rate=17,acdc.folder={tmp_path / 'acdc'},cctr.recipes=[strong]",
     )
-    for number in (
-        "01_data",
-        "02_pretrain_segmentation",
-        "03_pretrain_registration",
-        "04_joint_training",
-        "05_mean_teacher",
-        "06_joint_plus",
-        "07_cctr",
-        "08_evaluation",
-        "09_table1",
-        "10_figure2",
+    peers = [("12_peers", {"stage": stage}) for stage in params.load().strong.stages]
+    for number, values in (
+        ("01_data", {}),
+        ("02_pretrain_segmentation", {}),
+        ("03_pretrain_registration", {"recipe": "paper"}),
+        ("03_pretrain_registration", {"recipe": "strong"}),
+        ("04_joint_training", {}),
+        ("05_mean_teacher", {}),
+        ("06_joint_plus", {}),
+        ("07_cctr", {}),
+        *peers,
+        ("08_evaluation", {}),
+        ("09_table1", {}),
+        ("10_figure2", {}),
     ):
-        notebooks.run(number, {})
+        notebooks.run(number, values)
     results = tmp_path / "out" / "results" / "acdc"
     stages = YAML(typ="safe").load((params.ROOT / "dvc.yaml").read_text())["stages"]
     declared = {
@@ -258,14 +263,14 @@ def test_the_notebooks_run_on_volumes_and_write_what_the_pipeline_declares(tmp_p
         "registration",
         "joint",
         "combined",
-        "registration+",
+        "fs+elastic",
+        "bcp",
         "joint+",
-        "combined+",
         "cctr",
         "cctr-b",
         "classical",
     }
-    assert set(pd.read_csv(results / "rounds.csv")["stage"]) == {"joint", "joint+", "cctr", "cctr-b"}
+    assert set(pd.read_csv(results / "rounds.csv")["stage"]) == {"joint", "cctr", "cctr-b"}
     assert set(table["class"]) == {"mean", "right ventricle", "myocardium", "left ventricle"}
     quality = pd.read_csv(results / "correspondence-strong.csv", index_col="labels")
     assert list(quality.index[:2]) == ["before registration", "warped labels"] and (quality["volumes"] == 10).all()

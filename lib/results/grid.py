@@ -1,8 +1,9 @@
 """`python -m lib.results.grid`: experiments at further rates, with further seeds and variants, several at a time.
 
-Runs the notebooks through papermill for every item of params.yaml's section ``grid``, P1's methods by its own recipe,
-or with ``--contest`` of section ``contest``, which has no results yet, or results of other settings or code. A killed run that is started again goes on with the missing items, and within an
-item with the missing steps. An item that fails is reported and does not stop the others.
+Runs the notebooks through papermill for every item that has no results yet, or results of other settings or code: of
+params.yaml's section ``grid``, P1's methods by its own recipe, or with ``--contest`` of section ``contest``. A killed
+run that is started again goes on with the missing items, and within an item with the missing steps. An item that fails
+is reported and does not stop the others.
 """
 
 import argparse
@@ -43,8 +44,8 @@ class Item(NamedTuple):
 def groups_of(settings):
     """Items that share a registration network, as lists: the seed is the same, rates differ.
 
-    If no rates or seeds are named, they are the pipeline's own. What the pipeline runs anyway, at its own rate and seed,
-    is left out.
+    If no rates or seeds are named, they are the pipeline's own. What the pipeline runs anyway, at its own rate and
+    seed, is left out.
     """
     rates, seeds = settings.grid.rates or [settings.rate], settings.grid.seeds or [settings.seed]
     groups = []

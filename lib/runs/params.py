@@ -86,9 +86,9 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
     ``JOINT_OUTPUT`` names a folder for all outputs instead of the repository: the tests use both.
 
     Returns:
-        Section. ``segmentation`` and ``registration`` hold the values of the recipe and the scale; what a variant changes
-        holds its values, and ``varied`` names the sections that it changes. ``selection`` is how weights are chosen: by
-        validation images in the paper's recipe, see section ``strong`` for the other.
+        Section. ``segmentation`` and ``registration`` hold the values of the recipe and the scale; what a variant
+        changes holds its values, and ``varied`` names the sections that it changes. ``selection`` is how weights are
+        chosen: by validation images in the paper's recipe, see section ``strong`` for the other.
 
     Raises:
         ValueError: an unknown cohort, recipe, scale, variant or setting, or a value of another kind than it should be.
