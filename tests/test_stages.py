@@ -60,7 +60,7 @@ TRAINED = {*TRAINING, *EVALUATED, "figure2"}
         ("methods/peers/one_stage.py", {"peers", "joint_plus", *EVALUATED}),
         ("methods/cctr/contrast.py", {"cctr", *EVALUATED}),
         ("methods/classical.py", EVALUATED),
-        ("methods/peers/rounds.py", {"peers", *EVALUATED - {"own_data", "capacity"}}),
+        ("methods/peers/rounds.py", {"peers", *EVALUATED}),
         ("cohorts/hippocampus.py", {"cohort", "contest_cohort"}),
         ("results/tables.py", {"table1", "contest_table"}),
         ("results/figures/comparisons.py", {"table1"}),

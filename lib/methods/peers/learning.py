@@ -71,6 +71,26 @@ class Lesson:
         return segmentation_loss(logits, target, self.experiment.pooled, weight)
 
 
+def labelled_loss(lesson, generator, step):
+    """A batch_loss of ``learn``: labelled images alone."""
+    images, masks = lesson.known(lesson.training.batch, generator)
+    return {"loss": lesson.loss(lesson.student(images), masks)}
+
+
+def taught_loss(lesson, taught, generator):
+    """The loss of a batch that is half labelled and half unlabelled, the latter with the masks that it was taught.
+
+    Args:
+        taught: masks ``(unlabelled, classes, height, width)`` in [0, 1] of all unlabelled images.
+    """
+    half = lesson.training.batch // 2
+    known, masks = lesson.known(half, generator)
+    index = draw_indices(len(taught), half, generator)
+    free, target = lesson.move(lesson.unlabelled[index], taught[index], generator)
+    images = torch.cat((known, lesson.light(free, generator)))
+    return {"loss": lesson.loss(lesson.student(images), torch.cat((masks, target)))}
+
+
 def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None, start=None):
     """Train a network by the rules of recipe `strong`.
 

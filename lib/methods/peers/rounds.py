@@ -8,9 +8,9 @@ half, the registration from pairs of all, guided by the masks. The number of rou
 import torch
 
 from lib.methods.experiment import Prediction, load_pretrained_registration
-from lib.methods.peers.learning import learn
+from lib.methods.peers.learning import labelled_loss, learn, taught_loss
 from lib.methods.pretraining import train_registration
-from lib.training import draw_indices, weights_digest
+from lib.training import weights_digest
 
 
 def train(experiment):
@@ -19,11 +19,9 @@ def train(experiment):
     options = settings.strong.joint
     everything = torch.cat((data.labelled, data.unlabelled))
 
-    def taught(lesson, generator, step):
-        images, masks = lesson.known(lesson.training.batch, generator)
-        return {"loss": lesson.loss(lesson.student(images), masks)}
-
-    network, found = learn(experiment, "joint_start", taught, part=options.pretraining, label="before the rounds")
+    network, found = learn(
+        experiment, "joint_start", labelled_loss, part=options.pretraining, label="before the rounds"
+    )
     registration, seconds = load_pretrained_registration(experiment), found.seconds
     for number in range(1, options.rounds + 1):
         digests = [weights_digest(network), weights_digest(registration)]
@@ -31,12 +29,7 @@ def train(experiment):
         soft = experiment.generate((network, registration), data.unlabelled, label, "strong joint", number).soft
 
         def batch_loss(lesson, generator, step, soft=soft):
-            half = lesson.training.batch // 2
-            known, masks = lesson.known(half, generator)
-            index = draw_indices(len(soft), half, generator)
-            free, target = lesson.move(lesson.unlabelled[index], soft[index], generator)
-            images = torch.cat((known, lesson.light(free, generator)))
-            return {"loss": lesson.loss(lesson.student(images), torch.cat((masks, target)))}
+            return taught_loss(lesson, soft, generator)
 
         guided = train_registration(
             experiment,

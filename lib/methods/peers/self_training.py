@@ -6,29 +6,19 @@ augmentation, the labelled images and the unlabelled ones with the teacher's mas
 
 import torch
 
-from lib.methods.peers.learning import learn, prediction
+from lib.methods.peers.learning import labelled_loss, learn, prediction, taught_loss
 from lib.methods.pretraining import save_network, segment
-from lib.training import draw_indices, weights_digest
+from lib.training import weights_digest
 
 
 def train(experiment):
     """(ResidualUNet, Fit) of the student; the Fit's seconds are those of both."""
-
-    def taught(lesson, generator, step):
-        images, masks = lesson.known(lesson.training.batch, generator)
-        return {"loss": lesson.loss(lesson.student(images), masks)}
-
-    teacher, first = learn(experiment, "self_training_teacher", taught, part=0.5)
+    teacher, first = learn(experiment, "self_training_teacher", labelled_loss, part=0.5)
     with torch.no_grad():
         guessed = (segment(experiment, teacher, experiment.data.unlabelled) > 0.5).float()
 
     def batch_loss(lesson, generator, step):
-        half = lesson.training.batch // 2
-        known, masks = lesson.known(half, generator)
-        index = draw_indices(len(guessed), half, generator)
-        free, target = lesson.move(lesson.unlabelled[index], guessed[index], generator)
-        images = torch.cat((known, lesson.light(free, generator)))
-        return {"loss": lesson.loss(lesson.student(images), torch.cat((masks, target)))}
+        return taught_loss(lesson, guessed, generator)
 
     network, second = learn(experiment, "self_training", batch_loss, depends=[weights_digest(teacher)], part=0.5)
     found = second._replace(seconds=first.seconds + second.seconds)
