@@ -21,9 +21,26 @@ KNOWN = {
         "joint": [0.17639, 0.33257, 0.22469, 0.45063],
     },
 }
-KNOWN_STRONG = {"d7fa566ff1753849/first": {}}
+KNOWN_STRONG = {
+    "d7fa566ff1753849/first": {
+        "registration": [0.46511, 0.54572],
+        "elastic": [0.83336, 0.35178],
+        "bcp": [0.79752, 0.38536],
+        "unimatch": [0.41089, 0.18276],
+        "joint": [0.38751, 0.33705],
+        "one_stage": [0.81305, 0.37176],
+    },
+}
 # Of a cohort of volumes; CCT-R by its parts.
-KNOWN_OF_VOLUMES = {"labels by share/last state": {}}
+KNOWN_OF_VOLUMES = {
+    "labels by share/last state": {
+        "registration": [0.19769, 0.15077],
+        "bcp": [0.73488, 0.54563],
+        "one_stage": [0.72918, 0.48760],
+        "warped labels": [0.56667, 0.93771],
+        "cctr": [5.87923, 3.98562, 2.27254, 1.02443, 0.86348, 4.53356, 4.29187],
+    },
+}
 PEERS = {"elastic": elastic, "bcp": bcp, "unimatch": unimatch, "joint": rounds, "one_stage": one_stage}
 
 

@@ -206,6 +206,32 @@ def test_the_pieces_fit_the_experiment(settings, folder, tmp_path, monkeypatch):
     assert set(trial.cohort.subjects[trial.data.labelled]) == {"patient001"}
 
 
+def test_slices_are_cut_to_what_moves_and_masks_are_put_back_where_they_were(settings, folder):
+    diastole, systole = np.zeros((2, 3, 80, 100), np.float32)
+    diastole[:, 40:52, 60:76] = 1
+    systole[:, 43:49, 64:72] = 1
+    box = acdc.heart_box(diastole, systole, 0.5)
+    row, column, rows, columns = box
+    assert rows == columns == 50 and 0 <= row <= 30 and 0 <= column <= 50
+    assert abs(row + 25 - 46) < 12 and abs(column + 25 - 68) < 12
+    whole = volumes.cut(diastole, box)
+    assert whole.shape == (3, 50, 50) and whole.sum() == diastole.sum()
+    other = acdc.heart_box(diastole, systole[:, :60], 0.5)  # frames that do not match: around the middle
+    assert other == (15, 25, 50, 50)
+    wider = volumes.cut(diastole, (-10, -5, 110, 110))
+    assert wider.shape == (3, 110, 110) and np.array_equal(wider[:, 10:90, 5:105], diastole)
+    cohort = acdc.build(params.Section(settings, window=0.6))
+    for number, name in enumerate(cohort.names()):
+        masks = torch.ones(int((cohort.volumes == name).sum()), 3, 32, 32)
+        there = cohort.restore(number, masks)
+        height, width, _ = cohort.shapes[number]
+        row, column, rows, columns = cohort.boxes[number]
+        assert there.shape[2:] == (height, width)
+        inside = torch.zeros(height, width)
+        inside[max(row, 0) : row + rows, max(column, 0) : column + columns] = 1
+        assert torch.allclose(there[0, 0], inside)
+
+
 def test_the_real_acdc_data():
     folder = (params.ROOT / params.load(cohort="acdc").acdc.folder).resolve()
     if not folder.is_dir():
