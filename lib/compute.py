@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import hashlib
+import math
 from contextlib import nullcontext
 
 import torch
@@ -39,6 +40,8 @@ class Numerics:
     Only networks run under autocast. Losses, sampling grids and displacement fields stay in float32.
     """
 
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}  # memory layout, by the number of dimensions
+
     def __init__(self, device="auto", precision="auto"):
         self.device = best_device(device)
         if precision == "auto":
@@ -47,7 +50,6 @@ class Numerics:
             raise ValueError(f"precision '{precision}' is not one of auto, bfloat16, float32")
         self.precision = precision
         self.share = 1.0  # of the memory that is usually there
-        self.memory_format = torch.channels_last
         keep_heap()
 
     @property
@@ -59,12 +61,13 @@ class Numerics:
 
     def place(self, network):
         """The network, moved to the device in this layout."""
-        return network.to(self.device, memory_format=self.memory_format)
+        dimensions = max(value.ndim for value in network.parameters())
+        return network.to(self.device, memory_format=self.formats.get(dimensions))
 
     def tensor(self, array):
         """An image-shaped array as a float32 tensor on the device, in this layout."""
         tensor = torch.as_tensor(array, dtype=torch.float32).to(self.device)
-        return tensor.contiguous(memory_format=self.memory_format) if tensor.ndim == 4 else tensor
+        return tensor.contiguous(memory_format=self.formats.get(tensor.ndim, torch.contiguous_format))
 
     def autocast(self):
         """Context in which networks run."""
@@ -73,9 +76,13 @@ class Numerics:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def batch(self, images):
-        """How many images a network sees at once without gradients: what fits the cache, or the GPU's memory."""
+        """How many images a network sees at once without gradients: what fits the cache, or the GPU's memory.
+
+        Args:
+            images: ``(n, channels, *space)``.
+        """
         pixels = 2**18 if self.device.type == "cpu" else 2**24
-        return max(1, int(self.share * pixels) // (images.shape[-1] * images.shape[-2]))
+        return max(1, int(self.share * pixels) // math.prod(images.shape[2:]))
 
     def sharing(self, share):
         """The same numerics, with batches for a share of the memory."""

@@ -137,8 +137,9 @@ def registration_loss(levels, source, target, weights, source_mask=None, target_
     fixed = torch.cat((target, target_mask), 1) if guided else target
     similarity = dice = smoothness = torch.zeros((), device=source.device)
     for (displacement, residual), weight in zip(reversed(levels), reversed(list(weights)), strict=True):
-        if fixed.shape[-1] != displacement.shape[-1]:
-            moving, fixed = (POOL[len(space_of(image))](image, 2) for image in (moving, fixed))
+        if fixed.shape[2:] != displacement.shape[2:]:
+            by = tuple(fine // coarse for fine, coarse in zip(fixed.shape[2:], displacement.shape[2:]))
+            moving, fixed = (POOL[len(by)](image, by) for image in (moving, fixed))
         warped = warp(moving, displacement)
         similarity = similarity + gncc_loss(warped[:, :1], fixed[:, :1])
         if guided:

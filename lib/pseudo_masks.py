@@ -11,7 +11,7 @@ from lib.warping import folding, warp
 
 
 class PseudoMasks(NamedTuple):
-    """What both networks say about a set of images; masks are ``(images, classes, height, width)`` in [0, 1]."""
+    """What both networks say about a set of images; masks are ``(images, classes, *space)`` in [0, 1]."""
 
     plain: torch.Tensor  # the segmentation network's mask of the image as it is ("Joint" at test time)
     segmentation: torch.Tensor  # mean of the N segmentation masks
@@ -25,23 +25,23 @@ def segmentation_masks(network, images, n, generator, settings, flip, numerics):
 
     Args:
         network: ResidualUNet.
-        images: ``(batch, 1, height, width)``.
+        images: ``(batch, 1, *space)``.
         n: N.
         generator: for the draws.
         settings: rotation (degrees), shift (of the side) and contrast, half-widths of uniform ranges.
         flip: whether the anatomy is symmetric, so that mirrored images are valid ones.
 
     Returns:
-        ``(n, batch, classes, height, width)`` in [0, 1].
+        ``(n, batch, classes, *space)`` in [0, 1].
     """
-    batch, side = len(images), max(images.shape[-2:])
+    batch, space = len(images), images.shape[2:]
     masks = []
     for k in range(n):
         if k == 0:
             with numerics.autocast():
                 masks.append(network.segment(images))
             continue
-        maps = draw_affine(batch, side, generator, rotation=settings.rotation, shift=settings.shift, flip=flip)
+        maps = draw_affine(batch, space, generator, rotation=settings.rotation, shift=settings.shift, flip=flip)
         seen = change_contrast(maps.apply(images), 1 + uniform(batch, settings.contrast, generator))
         with numerics.autocast():
             masks.append(network.segment(seen))
@@ -54,13 +54,13 @@ def registration_masks(network, images, sources, source_masks, choice, numerics)
 
     Args:
         network: MrRegNet.
-        images: targets ``(batch, 1, height, width)``.
+        images: targets ``(batch, 1, *space)``.
         sources, source_masks: labelled images and their masks.
         choice: ``(batch, n)`` indices of the sources of each target.
 
     Returns:
-        Masks ``(n, batch, classes, height, width)``, warped sources ``(n, batch, 1, height, width)`` and
-        displacements ``(n, batch, 2, height, width)``.
+        Masks ``(n, batch, classes, *space)``, warped sources ``(n, batch, 1, *space)`` and
+        displacements ``(n, batch, axes, *space)``.
     """
     masks, warped, displacements = [], [], []
     for index in choice.T:
@@ -103,8 +103,8 @@ def every_mask(networks, images, sources, source_masks, settings, flip, generato
         as ``generate``.
 
     Returns:
-        Masks of the segmentation ``(n, batch, classes, height, width)``, the plain image's first, warped masks of the
-        same shape, and their displacements ``(n, batch, 2, height, width)``.
+        Masks of the segmentation ``(n, batch, classes, *space)``, the plain image's first, warped masks of the
+        same shape, and their displacements ``(n, batch, axes, *space)``.
 
     Raises:
         ValueError: there is no labelled image, or ``settings.sources`` is not random or best.
@@ -133,7 +133,7 @@ def generate(
 
     Args:
         networks: (ResidualUNet, MrRegNet).
-        images: ``(images, 1, height, width)`` on the device.
+        images: ``(images, 1, *space)`` on the device.
         sources, source_masks: the labelled images and their masks.
         settings: n (N), sources (random or best), candidates that ``best`` chooses from, and the rotation, shift and
             contrast of ``segmentation_masks``.

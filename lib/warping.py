@@ -47,9 +47,15 @@ def warp(image, displacement):
     return sample(image, pixel_grid(displacement.shape[2:], displacement.device) + displacement)
 
 
-def upsample_displacement(displacement):
-    """The same motion on a grid of twice the size: values doubled, since pixels are half as large."""
-    return 2 * interpolate(displacement, [2 * side for side in displacement.shape[2:]])
+def upsample_displacement(displacement, strides):
+    """The same motion on a finer grid: values grow as pixels become smaller.
+
+    Args:
+        displacement: ``(batch, axes, *space)`` in pixels.
+        strides: by how much every axis grows, 1 or 2.
+    """
+    finer = interpolate(displacement, [side * by for side, by in zip(displacement.shape[2:], strides)])
+    return torch.stack([by * finer[:, axis] for axis, by in enumerate(strides)], dim=1)
 
 
 def interpolate(values, space):

@@ -15,7 +15,7 @@ def smooth_mask(size=64):
 )
 def test_every_augmentation_followed_by_its_inverse_returns_a_smooth_mask(ranges):
     mask = smooth_mask()
-    maps = augment.draw_affine(4, 64, torch.Generator().manual_seed(3), **ranges)
+    maps = augment.draw_affine(4, (64, 64), torch.Generator().manual_seed(3), **ranges)
     moved = maps.apply(mask, "zeros")
     assert (moved - mask).abs().max() > 0.1
     assert (maps.inverse().apply(moved, "zeros") - mask).abs().max() < 0.03

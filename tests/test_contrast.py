@@ -122,7 +122,7 @@ def test_the_bank_gives_back_what_was_seen_at_the_place_that_it_was_seen():
     index = torch.tensor([1, 3])
     bank.store(index, features, still)
     assert torch.allclose(bank.features[index], features, atol=1e-5) and bank.seen[0].sum() == 0
-    maps = draw_affine(2, side, generator(), rotation=10, shift=0.05)
+    maps = draw_affine(2, (side, side), generator(), rotation=10, shift=0.05)
     again = contrast.Bank(4, shape, stride)
     seen = F.normalize(Affine(maps.matrix, maps.shift / stride).apply(features), dim=1)
     again.store(index, seen, maps)

@@ -3,7 +3,7 @@ import torch
 
 from lib import losses, warping
 from lib.compute import Numerics
-from lib.models import MrRegNet, ResidualUNet, pad_to_multiple
+from lib.models import HALVED, MrRegNet, ResidualUNet, pad_to_multiple, strides_of
 
 
 def parameters(network):
@@ -27,9 +27,36 @@ def test_any_image_size_and_any_number_of_classes(side, normalisation):
 
 def test_padding_repeats_the_edge_and_leaves_divisible_images_alone():
     image = torch.rand(1, 1, 20, 32)
-    (padded,) = pad_to_multiple(image)
+    (padded,) = pad_to_multiple(HALVED, image)
     assert padded.shape == (1, 1, 32, 32) and torch.equal(padded[..., 20:, :], image[..., -1:, :].expand(1, 1, 12, 32))
-    assert pad_to_multiple(padded)[0] is padded
+    assert pad_to_multiple(HALVED, padded)[0] is padded
+
+
+@pytest.mark.parametrize(
+    "spacing, space, wanted",
+    [
+        ((1, 1, 1), None, [(2, 2, 2)] * 4),
+        ((10, 1.4, 1.4), None, [(1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)]),  # the heart: 10 mm between slices
+        ((2, 1), None, [(1, 2), (2, 2), (2, 2), (2, 2)]),
+        ((1, 1, 1), (7, 48, 48), [(2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 2)]),  # seven slices, then four, then two
+    ],
+)
+def test_long_voxels_are_halved_when_the_others_have_caught_up(spacing, space, wanted):
+    assert strides_of(spacing, space) == wanted
+
+
+@pytest.mark.parametrize("strides", [strides_of((1, 1, 1)), strides_of((3, 1, 1))])
+@pytest.mark.parametrize("normalisation", ["none", "instance"])
+def test_volumes_of_any_size_go_through_both_networks(strides, normalisation):
+    volume = torch.rand(1, 1, 9, 35, 40)
+    masks = ResidualUNet(2, normalisation, root=4, strides=strides).segment(volume)
+    assert masks.shape == (1, 2, 9, 35, 40) and torch.isfinite(masks).all()
+    network = MrRegNet(normalisation, channels=4, strides=strides)
+    assert network.register(volume, volume).shape == (1, 3, 9, 35, 40)
+    levels = network(*pad_to_multiple(strides, volume, volume))
+    for (below, _), (displacement, residual), stride in zip(levels, levels[1:], reversed(strides)):
+        grown = [side * by for side, by in zip(below.shape[2:], stride)]
+        assert list(displacement.shape[2:]) == grown and displacement.shape == residual.shape
 
 
 def test_displacement_is_twice_the_level_below_plus_the_residual():
@@ -39,7 +66,7 @@ def test_displacement_is_twice_the_level_below_plus_the_residual():
     levels = network(torch.rand(1, 1, 64, 64), torch.rand(1, 1, 64, 64))
     assert [level[0].shape[-1] for level in levels] == [4, 8, 16, 32, 64]
     for (below, _), (displacement, residual) in zip(levels, levels[1:]):
-        assert torch.allclose(displacement, warping.upsample_displacement(below) + residual, atol=1e-5)
+        assert torch.allclose(displacement, warping.upsample_displacement(below, (2, 2)) + residual, atol=1e-5)
 
 
 def test_mrregnet_learns_a_known_shift():

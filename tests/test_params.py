@@ -31,7 +31,6 @@ def test_overrides_reach_the_setting(monkeypatch):
         ("folder.review=high", "review 'high'"),
         ("strong.bcp.one_piece=7", "one_piece '7'"),
         ("strong.selection=test", "selection 'test'"),
-        ("baseline=[strong]", "paper alone, not strong"),
     ],
 )
 def test_unknown_settings_and_values_are_errors(monkeypatch, assignment, words):
@@ -102,11 +101,6 @@ def test_what_makes_no_sense_is_refused(monkeypatch, assignment, variant, words)
     monkeypatch.setenv("JOINT_SET", assignment)
     with pytest.raises(ValueError, match=words):
         params.load(variant=variant)
-
-
-def test_the_papers_recipe_runs_beside_the_strong_one_where_it_is_to():
-    assert params.recipes(params.load()) == ["paper", "strong"]
-    assert params.recipes(params.load(changes=["baseline=[]"])) == ["strong"]
 
 
 def test_weights_are_chosen_by_validation_in_the_papers_recipe_and_by_nothing_in_the_other():

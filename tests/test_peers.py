@@ -11,7 +11,7 @@ from lib import augment, losses
 from lib.methods import table
 from lib.methods.experiment import Experiment
 from lib.methods.mean_teacher import MeanTeacher
-from lib.methods.peers import bcp, consistency, pairs, unimatch
+from lib.methods.peers import bcp, consistency, one_stage, pairs, unimatch
 from lib.methods.peers.learning import Lesson
 from lib.methods.pretraining import pretrain_registration
 from lib.results import evaluation, grid
@@ -147,6 +147,28 @@ def test_the_most_similar_labelled_images_are_kept_and_a_pair_is_of_its_own_imag
     assert all(source in found.sources[at] for at, source in zip(index, sources)) and not fields.any()
 
 
+def test_half_of_what_joint_plus_pastes_was_warped_onto_the_image_it_goes_into(lesson, monkeypatch):
+    """Nothing is augmented, and a field moves everything by the unlabelled image's own number of pixels."""
+    monkeypatch.setattr(Lesson, "move", lambda self, images, masks, generator, bend=True: (images, masks))
+    monkeypatch.setattr(Lesson, "light", lambda self, images, generator: images)
+    count = len(lesson.unlabelled)
+    by = torch.arange(count) % 4
+    fields = by.reshape(-1, 1, 1, 1, 1).float().expand(count, 1, 2, 32, 32)
+    supply = one_stage.Warped(pairs.Fields(torch.zeros(count, 1, dtype=int), fields), lesson)
+    images, masks, free = supply.both(8, draws())
+    is_one_of = lambda image, those: any(torch.allclose(image, each, atol=1e-6) for each in those)
+    assert all(is_one_of(image, lesson.labelled) for image in images[:4])
+    for image, mask, target in zip(images[4:], masks[4:], free[4:]):
+        shift = int(by[next(k for k in range(count) if torch.equal(lesson.unlabelled[k], target))])
+        inner = slice(0, 32 - shift)
+        for warped, source in ((image, lesson.labelled[0]), (mask, lesson.masks[0])):
+            assert torch.allclose(warped[:, inner, inner], source[:, shift:, shift:], atol=1e-5)
+    known, _ = supply.known(8, draws())
+    assert sum(is_one_of(image, lesson.labelled) for image in known) >= 4
+    lesson.options.one_stage |= {"unwarped": 1.0}
+    assert all(is_one_of(image, lesson.labelled) for image in supply.both(8, draws())[0])
+
+
 def test_random_fields_are_as_strong_as_those_that_they_replace_and_shuffled_ones_are_of_another_image():
     strength = torch.rand(5, 2, 1, 1, 1, generator=draws()) * 4
     found = pairs.Fields(
@@ -216,18 +238,22 @@ def test_every_stage_of_the_recipe_is_an_item_and_reads_its_own_settings_alone(s
     assert grid.notebooks_of(pasted) == ["12_peers", "08_evaluation"]
     assert grid.notebooks_of(warped) == ["03_pretrain_registration", "12_peers", "08_evaluation"]
     ours = grid.Item("strong", 1, 1, "", "one_stage")
+    assert ours.name == "strong-one_stage-1-seed_1"
     assert grid.notebooks_of(ours) == ["03_pretrain_registration", "06_joint_plus", "08_evaluation"]
     plain = grid.Item("paper", 10, 1)
-    keys = lambda: [grid.key_of(item, params.load()) for item in (pasted, warped, plain)]
+    keys = lambda: [grid.key_of(item, params.load()) for item in (pasted, warped, plain, ours)]
     before = keys()
     for change, changed in (
-        ("strong.bcp.share=0.5", [0]),
-        ("strong.pairs.kept=1", [1]),
-        ("scales.smoke.strong.training.steps=7", [0, 1]),
-        ("registration.batch=7", [1, 2]),
-        ("strong.selection=validation", [0, 1]),
-        ("refinement.smoothness=0.4", [1]),
+        ("strong.bcp.share=0.5", [0, 3]),
+        ("strong.one_stage.unwarped=0.4", [3]),
+        ("strong.pairs.kept=1", [1, 3]),
+        ("scales.smoke.strong.training.steps=7", [0, 1, 3]),
+        ("registration.batch=7", [1, 2, 3]),
+        ("strong.selection=validation", [0, 1, 3]),
+        ("refinement.smoothness=0.4", [1, 3]),
         ("pseudo_masks.n=7", [2]),
+        ("contest.precision=bfloat16", [0, 1, 3]),
+        ("precision=bfloat16", [2]),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("JOINT_SET", f"scale=smoke,{change}")

@@ -103,14 +103,16 @@ def test_compose_is_warping_twice():
 
 def test_upsampling_doubles_a_displacement():
     displacement = torch.full((1, 2, 8, 12), 1.5)
-    assert torch.allclose(warping.upsample_displacement(displacement), torch.full((1, 2, 16, 24), 3.0))
+    assert torch.allclose(warping.upsample_displacement(displacement, (2, 2)), torch.full((1, 2, 16, 24), 3.0))
     volume = torch.full((1, 3, 4, 6, 5), 1.5)
-    assert torch.allclose(warping.upsample_displacement(volume), torch.full((1, 3, 8, 12, 10), 3.0))
+    assert torch.allclose(warping.upsample_displacement(volume, (2, 2, 2)), torch.full((1, 3, 8, 12, 10), 3.0))
+    flat = warping.upsample_displacement(volume, (1, 2, 2))  # slices stay as far apart as they are
+    assert flat.shape == (1, 3, 4, 12, 10) and flat[:, 0].unique() == 1.5 and flat[:, 1:].unique() == 3
 
 
 def test_upsampled_displacement_is_the_same_motion():
     coarse = smooth_displacement(24, 1.0)
-    fine = warping.upsample_displacement(coarse)
+    fine = warping.upsample_displacement(coarse, (2, 2))
     image = smooth_image(48)
     shrink = lambda x: torch.nn.functional.avg_pool2d(x, 2)
     difference = shrink(warping.warp(image, fine)) - warping.warp(shrink(image), coarse)

@@ -18,7 +18,7 @@ def train_segmentation(experiment, network, images, masks, *, steps, peak, label
     Args:
         experiment: Experiment.
         network: ResidualUNet, trained in place.
-        images, masks: ``(n, 1, height, width)`` and ``(n, classes, height, width)`` on the device.
+        images, masks: ``(n, 1, *space)`` and ``(n, classes, *space)`` on the device.
         steps: of the optimiser.
         peak: learning rate.
         label: of the progress bar.
@@ -60,7 +60,7 @@ def train_registration(experiment, network, images, masks, *, steps, peak, label
     """Minimise the registration objective, eq. (3), of ``network`` on random pairs of images.
 
     Args:
-        masks: ``(n, classes, height, width)`` that guide the registration, or None in pre-training.
+        masks: ``(n, classes, *space)`` that guide the registration, or None in pre-training.
         steps: of the optimiser.
         positions: ``(n,)`` of the images along the axis of their volumes: each is then paired with the nearest of
             NEAREST_OF drawn ones; None pairs at random.
@@ -80,7 +80,7 @@ def train_registration(experiment, network, images, masks, *, steps, peak, label
             index[options.batch :] = drawn.gather(1, distance.argmin(1, keepdim=True))[:, 0]
         batch = images[index]
         guides = masks[index] if masks is not None else images[index, :0]
-        (both,) = pad_to_multiple(torch.cat((batch, guides), 1))
+        (both,) = pad_to_multiple(network.strides, torch.cat((batch, guides), 1))
         batch, guides = both[:, :1], both[:, 1:]
         half = options.batch
         with numerics.autocast():
@@ -178,7 +178,7 @@ def save_network(experiment, stage, network, found):
 
 
 def segment(experiment, network, index):
-    """Masks of the images ``index`` by a segmentation network: ``(n, classes, height, width)`` in [0, 1]."""
+    """Masks of the images ``index`` by a segmentation network: ``(n, classes, *space)`` in [0, 1]."""
     images, numerics = experiment.data.images[index], experiment.numerics
     with numerics.autocast():
         return torch.cat([network.eval().segment(batch) for batch in images.split(numerics.batch(images))])

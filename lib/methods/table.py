@@ -29,6 +29,7 @@ class Stage(NamedTuple):
     trained: bool = True
     recipes: tuple = ("paper", "strong")  # in which it runs
     sections: tuple = ()  # of params.yaml that it reads in recipe `strong`, besides the one of that name
+    parts: tuple = ()  # of section `strong` that it reads, besides the one of its name
     version: str = ""  # of its code, see runs.versions
     watched: str = ""  # how Figure 2 calls the masks that it gives while it learns
 
@@ -71,10 +72,17 @@ CCTR = Stage(
 )
 
 
-def peer(name, *after, notebook=PEERS, needs_unlabelled=True):
+def peer(name, *after, notebook=PEERS, needs_unlabelled=True, parts=()):
     """A stage of recipe `strong` alone: its module under methods.peers trains it and predicts."""
     return Stage(
-        name, f"peers.{name}", notebook, after, peer=name, needs_unlabelled=needs_unlabelled, recipes=("strong",)
+        name,
+        f"peers.{name}",
+        notebook,
+        after,
+        peer=name,
+        needs_unlabelled=needs_unlabelled,
+        recipes=("strong",),
+        parts=parts,
     )
 
 
@@ -125,7 +133,7 @@ METHODS = (
     ),
     Method(
         "joint+",
-        peer("one_stage", "registration", "pairs", notebook=OURS),
+        peer("one_stage", "registration", "pairs", notebook=OURS, parts=("bcp",)),
         "#d62728",
         "copy-paste of labelled images warped onto the unlabelled ones that they are pasted into",
         ("fs+elastic", "bcp"),

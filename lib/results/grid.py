@@ -49,8 +49,8 @@ def groups_of(settings):
     """
     rates, seeds = settings.grid.rates or [settings.rate], settings.grid.seeds or [settings.seed]
     groups = []
-    for recipe, seed in itertools.product(settings.baseline, seeds):
-        items = [Item(recipe, rate, seed) for rate in rates if (rate, seed) != (settings.rate, settings.seed)]
+    for seed in seeds:
+        items = [Item("paper", rate, seed) for rate in rates if (rate, seed) != (settings.rate, settings.seed)]
         if items:
             groups.append(items)
     return groups
@@ -88,9 +88,11 @@ def key_of(item, settings):
     """Fingerprint of what the item's results depend on: settings, split and the code's names.
 
     The folder of the data does not count, since the split names every slice. Nor do the device and the precision that
-    ``auto`` gives on it: results from one machine are valid on another.
+    ``auto`` gives on it: results from one machine are valid on another. In the contest all have one precision.
     """
     own = params.load(item.recipe, settings.cohort, item.rate, item.seed, item.variant)
+    if item.stage:
+        own["precision"] = settings.contest.precision
     read = ["recipe", "rate", "seed", "split_seed", "scale", "precision"]
     relevant = {name: own[name] for name in read} | {own.cohort: content_of(own[own.cohort])}
     if item.stage:
@@ -107,8 +109,7 @@ def strong_parts(item, own):
     """What else an item of recipe `strong` depends on, which is of one stage: names of its code, and its settings."""
     stage, strong = table.by_stage(item.stage), own.strong
     names, parts = [versions.STRONG, stage.version], {"training": strong.training, "augmentation": strong.augmentation}
-    if stage.name in strong:
-        parts[stage.name] = strong[stage.name]
+    parts |= {name: strong[name] for name in (stage.name, *stage.parts) if name in strong}
     parts |= {section: own[section] for section in stage.sections}
     if stage.after:
         names.append(versions.NUMERICS)
@@ -180,6 +181,9 @@ def run(item, settings, threads):
     folder, key = folder_of(item, settings), key_of(item, settings)
     shutil.rmtree(folder, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if item.stage:
+        changes = os.environ.get("JOINT_SET"), f"precision={settings.contest.precision}"
+        environment["JOINT_SET"] = ",".join(filter(None, changes))
     chosen = {"cohort": settings.cohort, "recipe": item.recipe, "rate": item.rate, "seed": item.seed}
     for notebook in notebooks_of(item):
         values = dict(chosen)

@@ -29,7 +29,7 @@ class Plain:
     """PyTorch as it comes: the reference that Numerics is measured against."""
 
     precision = "float32"
-    memory_format = torch.contiguous_format
+    formats = {}
     share = 1.0
 
     def __init__(self, device):

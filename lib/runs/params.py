@@ -134,8 +134,6 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
             raise ValueError(f"variant '{variant}' is not one of {', '.join(variants)} in params.yaml")
         tree = merge(tree, variants[variant])
         tree["varied"] = list(variants[variant])
-    if unknown := set(tree.baseline) - {"paper"}:
-        raise ValueError(f"baseline in params.yaml may name the recipe paper alone, not {', '.join(map(str, unknown))}")
     if tree.strong.selection not in SELECTIONS:
         raise ValueError(f"strong.selection '{tree.strong.selection}' is not one of {', '.join(SELECTIONS)}")
     tree["selection"] = tree.strong.selection if tree.recipe == "strong" else "validation"
@@ -157,11 +155,6 @@ def use_folder(settings, **given):
     for name in ("images", "masks", "output", "model"):
         path = Path.cwd() / given[name] if given.get(name) else settings.folder[name] and ROOT / settings.folder[name]
         settings.folder[name] = str(path)
-
-
-def recipes(settings):
-    """The recipes that run."""
-    return [*settings.baseline, "strong"]
 
 
 def output_root():

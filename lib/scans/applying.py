@@ -29,7 +29,7 @@ def soft_masks(model, slices, numerics):
         Batches ``(slices, classes, size, size)``. The draws depend on nothing but the case's own slices.
     """
     options = section(model.about["pseudo_masks"])
-    size = numerics.batch(slices)
+    size = numerics.batch(slices[:, None])
     for start in range(0, len(slices), size):
         images = numerics.tensor(slices[start : start + size])[:, None]
         generator = numerics.generator("own", start)

@@ -154,7 +154,9 @@ def trained(settings, store, intake, output):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
     read = "seed", "scale", "device", "precision", "segmentation", "registration", "refinement", "pseudo_masks"
     relevant = {name: settings[name] for name in read}
-    relevant["strong"] = {name: settings.strong[name] for name in ("training", "augmentation", "pairs", "one_stage")}
+    relevant["strong"] = {
+        name: settings.strong[name] for name in ("training", "augmentation", "pairs", "bcp", "one_stage")
+    }
     names = (
         "axis",
         "size",

@@ -124,7 +124,7 @@ def train_cctr(experiment, correspondence):
         # Affine alone, not elastic as well: the bank has to know how each image was transformed.
         maps = draw_affine(
             len(images),
-            max(size),
+            size,
             generator,
             flip=data.symmetric,
             rotation=augmentation.rotation,

@@ -7,6 +7,8 @@ The authors keep the largest component of every class of the network's masks. Th
 in every image, and is a setting here: a slice of the hippocampus often shows two pieces.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -42,26 +44,68 @@ def largest_components(masks):
     return torch.as_tensor(kept, device=masks.device)
 
 
-def batch_loss(lesson, generator, step):
-    """See learning.learn."""
-    options, batch = lesson.options.bcp, lesson.training.batch
-    space = lesson.labelled.shape[2:]
+class Batch(NamedTuple):
+    """What the network sees in a step."""
+
+    images: torch.Tensor  # (batch, 1, *space)
+    target: torch.Tensor  # (batch, classes, *space), of 0 and 1
+    weight: torch.Tensor  # (batch, 1, *space) how much a pixel counts
+
+
+class Supply:
+    """Where the images of a batch come from.
+
+    Args:
+        lesson: peers.learning.Lesson.
+    """
+
+    def __init__(self, lesson):
+        self.lesson = lesson
+
+    def known(self, count, generator):
+        """``count`` labelled images and their masks."""
+        return self.lesson.known(count, generator)
+
+    def both(self, count, generator):
+        """``count`` labelled images, their masks, and as many unlabelled images to be mixed with them."""
+        images, masks = self.known(count, generator)
+        return images, masks, self.lesson.light(self.lesson.free(count, generator), generator)
+
+
+def make_batch(supply, generator, step):
+    """The Batch of training step ``step``."""
+    lesson, options = supply.lesson, supply.lesson.options.bcp
+    batch, space = lesson.training.batch, lesson.labelled.shape[2:]
     if step < options.pretraining * lesson.training.steps:
-        (first, first_masks), (second, second_masks) = (lesson.known(batch, generator) for _ in range(2))
+        (first, first_masks), (second, second_masks) = (supply.known(batch, generator) for _ in range(2))
         inside = box(batch, space, options.share, generator)
-        target = paste(first_masks, second_masks, inside)
-        return {"loss": lesson.loss(lesson.student(paste(first, second, inside)), target)}
+        images, target = paste(first, second, inside), paste(first_masks, second_masks, inside)
+        return Batch(images, target, torch.ones_like(inside))
     half = batch // 2
-    known, masks = lesson.known(half, generator)
-    free = lesson.light(lesson.free(half, generator), generator)
+    known, masks, free = supply.both(half, generator)
     guessed = (lesson.teacher(free) > 0.5).float()
     if options.one_piece:
         guessed = largest_components(guessed)
     inside = box(half, space, options.share, generator)
-    images = torch.cat((paste(known, free, inside), paste(free, known, inside)))
-    target = torch.cat((paste(masks, guessed, inside), paste(guessed, masks, inside)))
     true = torch.cat((inside, 1 - inside))  # where the mask was drawn by hand
-    return {"loss": lesson.loss(lesson.student(images), target, true + options.unlabelled * (1 - true))}
+    return Batch(
+        torch.cat((paste(known, free, inside), paste(free, known, inside))),
+        torch.cat((paste(masks, guessed, inside), paste(guessed, masks, inside))),
+        true + options.unlabelled * (1 - true),
+    )
+
+
+def loss_of(supply):
+    """A batch_loss, see learning.learn, of images that come from ``supply``."""
+
+    def batch_loss(lesson, generator, step):
+        batch = make_batch(supply(lesson), generator, step)
+        return {"loss": lesson.loss(lesson.student(batch.images), batch.target, batch.weight)}
+
+    return batch_loss
+
+
+batch_loss = loss_of(Supply)  # BCP's own
 
 
 def train(experiment):

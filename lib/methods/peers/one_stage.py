@@ -1,70 +1,60 @@
-"""joint+: copy-paste in which what is pasted has been warped onto the anatomy that it is pasted into, in one stage.
+"""joint+: copy-paste in which what is pasted has been warped onto the anatomy that it is pasted into.
 
-Registration brings exact masks under real anatomical variation, copy-paste the unlabelled images as background, the
-averaged network what it has learnt from both. A box of a labelled image, warped onto an unlabelled one, goes into that
-image, and the other way round, so that the organ lands where it belongs. Of the warped image the mask is exact. Of the
-unlabelled one the target is a mean of the warped mask and the averaged network's: P1's soft pseudo-mask in one stage.
-It begins with the warped mask and ends with the network's, which has learnt from all. A pixel counts by their agreement
-in the beginning, and fully in the end. Half of what is pasted is not warped, as in BCP: where registration fails, the
-other half does not.
+It is BCP with other labelled images. Half of those that go into a batch have been registered to an unlabelled image and
+warped onto it, and are pasted into that image, so that the organ lands where it belongs. Their masks are warped by the
+same field and are exact, however good the field is. The other half is not warped: where registration fails, that half
+does not. So joint+ without registration is BCP, and what registration is worth can be read from the difference.
 
 Closest to it are Zhao et al. (CVPR 2019), whose pairs it trains on, DeepAtlas (Xu and Niethammer, MICCAI 2019), where
-either network teaches the other, and BCP.
+registration and segmentation teach each other, and BCP.
 """
 
-from typing import NamedTuple
+from functools import partial
 
 import torch
 
-from lib.methods.peers.bcp import box, paste
+from lib.methods.peers.bcp import Supply, loss_of
 from lib.methods.peers.learning import prediction, teach
 from lib.methods.peers.pairs import draw_pairs, register_pairs
 
 
-class Batch(NamedTuple):
-    """What the network sees in a step; labelled images first, then both ways of pasting."""
-
-    images: torch.Tensor  # (batch, 1, *space)
-    target: torch.Tensor  # (batch, classes, *space) in [0, 1]
-    weight: torch.Tensor  # (batch, 1, *space) how much a pixel counts
-
-
-def make_batch(lesson, fields, generator, step):
-    """A Batch of training step ``step``.
+class Warped(Supply):
+    """See bcp.Supply; half of the labelled images are warped.
 
     Args:
-        lesson: peers.learning.Lesson.
         fields: pairs.Fields.
+        lesson: peers.learning.Lesson.
     """
-    options, batch = lesson.options.one_stage, lesson.training.batch
-    count = max(1, int((1 - options.labelled) * batch / 2))
-    known, masks = lesson.known(batch - 2 * count, generator)
-    free, warped, exact = draw_pairs(lesson, fields, count, generator)
-    said = lesson.teacher(free)
-    trusted = options.teacher * min(1.0, step / max(1.0, options.ramp * lesson.training.steps))
-    soft = torch.lerp(exact, said, trusted)
-    agreement = 1 - (1 - trusted) * options.agreement * (said - exact).abs().amax(dim=1, keepdim=True)
-    if plain := int(options.unwarped * count):
-        own, own_masks = lesson.known(plain, generator)
-        warped, exact = torch.cat((warped[plain:], own)), torch.cat((exact[plain:], own_masks))
-    inside = box(count, free.shape[2:], options.share, generator)
-    ones = torch.ones_like(inside)
-    return Batch(
-        torch.cat((known, paste(warped, free, inside), paste(free, warped, inside))),
-        torch.cat((masks, paste(exact, soft, inside), paste(soft, exact, inside))),
-        torch.cat((torch.ones_like(known), paste(ones, agreement, inside), paste(agreement, ones, inside))),
-    )
+
+    def __init__(self, fields, lesson):
+        super().__init__(lesson)
+        self.fields = fields
+
+    def known(self, count, generator):
+        """``count`` labelled images and their masks, in random order."""
+        images, masks, _ = self.both(count, generator)
+        order = torch.randperm(count, generator=generator, device=images.device)
+        return images[order], masks[order]
+
+    def both(self, count, generator):
+        """``count`` labelled images, their masks, and the unlabelled images that the warped ones were warped onto."""
+        free, images, masks = draw_pairs(self.lesson, self.fields, count, generator)
+        if plain := round(self.lesson.options.one_stage.unwarped * count):
+            own, own_masks = self.lesson.known(plain, generator)
+            images, masks = torch.cat((own, images[plain:])), torch.cat((own_masks, masks[plain:]))
+        return images, masks, free
 
 
 def train(experiment):
     """(ResidualUNet, Fit)."""
     fields = register_pairs(experiment)
-
-    def batch_loss(lesson, generator, step):
-        batch = make_batch(lesson, fields, generator, step)
-        return {"loss": lesson.loss(lesson.student(batch.images), batch.target, batch.weight)}
-
-    return teach(experiment, "one_stage", batch_loss, depends=[fields.cause], label="joint+")
+    return teach(
+        experiment,
+        "one_stage",
+        loss_of(partial(Warped, fields)),
+        depends=[fields.cause, experiment.settings.strong.bcp],
+        label="joint+",
+    )
 
 
 def predict(experiment, index):
