@@ -130,6 +130,15 @@ def test_below_ten_labelled_subjects_all_masks_train_and_halves_say_what_confide
     assert not masked[0].all() and masked[1].all() and masked[2].all()  # unlabelled scans train the network alone
 
 
+@pytest.mark.parametrize("method, stage", [("bcp", "bcp"), ("joint+", "one_stage"), ("fs+elastic", "elastic")])
+def test_the_method_that_is_named_trains_and_only_joint_plus_registers(tmp_path, monkeypatch, method, stage):
+    settings = settings_for(fill(tmp_path, labelled=1), monkeypatch, method=method)
+    settings.strong.training |= {"steps": 4}
+    assert (own.segment_folder(settings)["status"] == "done").all()
+    trained = {file.parent.name for file in (tmp_path / "out" / "work" / "models").rglob("network.pt")}
+    assert trained == {stage} | ({"strong"} if method == "joint+" else set())  # of the registration the recipe
+
+
 def test_from_ten_labelled_subjects_on_a_fifth_is_held_out_and_a_single_one_cannot_be():
     names = [f"c{k}" for k in range(10)]
     folds = lambda count: folds_of(subjects_of(names[:count], ""), 1)

@@ -17,6 +17,7 @@ CHOICES = {
     "scale": ("smoke", "cpu", "paper"),
     "precision": ("auto", "bfloat16", "float32"),
 }
+OWN_METHODS = ("fs+elastic", "bcp", "joint+")  # that may segment a user's own scans
 SMALLEST = 16  # pixels, the side of slices in which there is anything to see after four halvings
 MIXED = ("slices",)  # settings that may be a word or a list
 
@@ -119,6 +120,8 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         raise ValueError(f"rate {tree.rate} in params.yaml is not a percentage between 0 and 100")
     if tree.folder.axis not in (0, 1, 2):
         raise ValueError(f"folder.axis {tree.folder.axis} in params.yaml is not one of 0, 1, 2")
+    if tree.folder.method not in OWN_METHODS:
+        raise ValueError(f"folder.method '{tree.folder.method}' in params.yaml is not one of {', '.join(OWN_METHODS)}")
     if tree.folder.size < SMALLEST:
         raise ValueError(f"folder.size {tree.folder.size} in params.yaml is less than {SMALLEST} pixels")
     for name, budget in tree.pop("scales")[tree.scale].items():

@@ -158,6 +158,7 @@ def trained(settings, store, intake, output):
         name: settings.strong[name] for name in ("training", "augmentation", "pairs", "bcp", "one_stage")
     }
     names = (
+        "method",
         "axis",
         "size",
         "slices",

@@ -1,4 +1,4 @@
-"""Training on a folder of scans: a network by joint+, and what its confidence means.
+"""Training on a folder of scans: a network by the method that ``folder.method`` names, and what its confidence means.
 
 Below ten labelled subjects no mask is held out from the network: all train it. What its confidence means is learnt from
 two quick networks, each of half of the labelled subjects, which segment the other half. From ten subjects on a fifth is
@@ -14,7 +14,7 @@ import torch
 from lib import DataError
 from lib.augment import light, place
 from lib.methods.experiment import Experiment
-from lib.methods.peers import elastic, one_stage
+from lib.methods.peers import bcp, elastic, one_stage
 from lib.methods.pretraining import pretrain_registration
 from lib.metrics import dice
 from lib.results.evaluation import score
@@ -27,11 +27,12 @@ from lib.scans.memory import with_less_memory
 from lib.scans.model_file import Model
 
 DEGRADED = "rotation", "scaling", "shift", "gamma", "contrast", "brightness", "blur", "noise"
+METHODS = {"fs+elastic": elastic, "bcp": bcp, "joint+": one_stage}  # that folder.method may name
 SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
 def train(settings, store, intake):
-    """A network for a folder by joint+.
+    """A network for a folder, by ``folder.method``.
 
     Args:
         settings: as params.load gives them, of recipe ``strong`` and cohort ``folder``.
@@ -67,31 +68,35 @@ def train(settings, store, intake):
     }
     subjects = subjects_of([case.name for case in intake.labelled], options.subject)
     number_of = {name: number for number, names in enumerate(subjects.values()) for name in names}
-    held, pairs, keys = [], [], []
-
-    def learn(number, held_out, quick=False):
-        """A network that has not seen the masks of ``held_out``; what they say of it is noted."""
-        train_one = lambda divisor: train_fold(settings, store, intake, number, held_out, quick, divisor)
-        network, numerics, key = with_less_memory(train_one, "training")
-        keys.append(key)
-        for case in (case for case in intake.labelled if case.name in held_out):
-            model, positions = Model([network.eval()], about), slices[case.name]
-            with_memory = lambda work, *more: with_less_memory(
-                lambda divisor: work(model, case, store, positions, *more, numerics.sharing(1 / divisor)), case.name
-            )
-            scores, confidence = with_memory(score_case)
-            pairs.append([number_of[case.name], confidence, float(scores["dsc"].mean())])
-            pairs.extend([number_of[case.name], *pair] for pair in with_memory(degraded_pairs, settings))
-            held.append(scores.assign(image=case.name))
-        return network.eval()
-
     held_out, quick = folds_of(subjects, settings.seed)
-    network = learn(0, held_out)
-    for number, names in enumerate(quick, start=1):
-        learn(number, names, quick=True)
+    network, held, pairs, keys = None, [], [], []
+    for number, names in enumerate((held_out, *quick)):
+        train_one = lambda divisor: train_fold(settings, store, intake, number, names, number > 0, divisor)
+        trained, numerics, key = with_less_memory(train_one, "training")
+        network = network or trained.eval()
+        keys.append(key)
+        model = Model([trained.eval()], about)
+        for case in (case for case in intake.labelled if case.name in names):
+            scores, found = measure(model, case, store, slices[case.name], settings, numerics)
+            held.append(scores)
+            pairs.extend([number_of[case.name], *pair] for pair in found)
     columns = ["case", "class", "dsc", "hd", "hd95"]
-    table = pd.concat(held).rename(columns={"image": "case"})[columns] if held else pd.DataFrame(columns=columns)
+    table = pd.concat(held)[columns] if held else pd.DataFrame(columns=columns)
     return Model([network], {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
+
+
+def measure(model, case, store, positions, settings, numerics):
+    """What a held-out case says of a model.
+
+    Returns:
+        (scores by class, pandas.DataFrame; pairs of mean confidence and DSC, of the case and of worse views of it).
+    """
+    with_memory = lambda work, *more: with_less_memory(
+        lambda divisor: work(model, case, store, positions, *more, numerics.sharing(1 / divisor)), case.name
+    )
+    scores, confidence = with_memory(score_case)
+    own = [confidence, float(scores["dsc"].mean())]
+    return scores.assign(case=case.name), [own, *with_memory(degraded_pairs, settings)]
 
 
 def train_fold(settings, store, intake, number, held_out, quick, divisor=1):
@@ -106,11 +111,10 @@ def train_fold(settings, store, intake, number, held_out, quick, divisor=1):
     build(own, store, intake, held_out).save(cohort_file(own))
     experiment = Experiment(own)
     experiment.numerics.share = 1 / divisor
-    if quick or not len(experiment.data.unlabelled):
-        network, _ = elastic.train(experiment)
-    else:
+    method = METHODS[settings.folder.method] if len(experiment.data.unlabelled) and not quick else elastic
+    if method is one_stage:
         pretrain_registration(experiment)
-        network, _ = one_stage.train(experiment)
+    network, _ = method.train(experiment)
     return network, experiment.numerics, experiment.origin
 
 
