@@ -100,12 +100,16 @@ def gncc_loss(first, second):
 
 
 def smoothness_loss(residual):
-    """Mean squared forward difference of a field ``(batch, axes, *space)``, the L2 regularisation of eq. (3)."""
+    """Mean squared forward difference of a field ``(batch, axes, *space)``, the L2 regularisation of eq. (3).
+
+    Along an axis that is one voxel long nothing differs: it does not count.
+    """
+    long = [axis for axis in space_of(residual) if residual.shape[axis] > 1]
     change = [
         (residual.narrow(axis, 1, residual.shape[axis] - 1) - residual.narrow(axis, 0, residual.shape[axis] - 1))
-        for axis in space_of(residual)
+        for axis in long
     ]
-    return sum(one.float().square().mean() for one in change) / len(change)
+    return sum(one.float().square().mean() for one in change) / max(1, len(change))
 
 
 POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}  # by the number of axes

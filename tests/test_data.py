@@ -202,7 +202,7 @@ def test_a_constant_slice_is_not_a_division_by_zero():
 
 
 def test_canvas_centres_pads_and_crops():
-    small = on_canvas(np.ones((4, 10)), 8)
+    small = on_canvas(np.ones((4, 10)), (8, 8))
     assert small.shape == (8, 8) and small[2:6].sum() == 32 and small[:2].sum() == small[6:].sum() == 0
 
 

@@ -181,3 +181,10 @@ def test_weighted_gncc_counts_where_the_weight_is():
     assert float(losses.weighted_gncc(image, mixed, left)) == pytest.approx(1, abs=1e-4)
     whole = float(losses.weighted_gncc(image, mixed, torch.ones_like(image)))
     assert whole == pytest.approx(float(losses.gncc(image, mixed)), abs=1e-4) and whole < 0.9
+
+
+def test_an_axis_of_one_voxel_has_nothing_to_be_smooth_along():
+    field = torch.rand(2, 3, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    along = [field.diff(dim=axis).square().mean() for axis in (3, 4)]
+    assert float(losses.smoothness_loss(field)) == pytest.approx(float(sum(along) / 2))
+    assert float(losses.smoothness_loss(field[:, :, :, :1, :1])) == 0

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_training import made_up_cohort
+from test_training import made_up_cohort, made_up_volumes
 
 from lib import augment, losses
 from lib.methods import table
@@ -220,6 +220,29 @@ def test_every_method_trains_sees_its_budget_and_predicts(trial, stage):
     found = evaluation.predict(trial, index, only=stage)
     assert all(mask.masks.shape == (len(index), 1, 32, 32) for mask in found.values())
     assert set(found) == {method.name for method in table.METHODS if method.stage.name == stage}
+
+
+@pytest.mark.parametrize("stage", ["elastic", "bcp", "one_stage"])
+def test_methods_train_on_volumes_by_the_same_code_and_are_scored_in_mm(tmp_path, monkeypatch, stage):
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    monkeypatch.setenv("JOINT_SET", "scale=smoke")
+    settings = params.load("strong", "hippocampus3d")
+    settings |= {"device": "cpu", "precision": "float32"}
+    settings.strong.training |= {"steps": 3, "batch": 4}
+    settings.registration |= {"epochs": 1}
+    made_up_volumes().save(params.cohort_file(settings))
+    experiment = Experiment(settings)
+    assert experiment.data.images.shape[1:] == (1, 16, 20, 24)
+    if stage == "one_stage":
+        pretrain_registration(experiment)
+    import_module(f"lib.methods.peers.{stage}").train(experiment)
+    found = evaluation.evaluate(experiment, only=stage)
+    (masks,) = found.masks.values()
+    assert masks.shape[1:] == (2, 16, 20, 24)
+    diagonal = 2.0 * (15**2 + 19**2 + 23**2) ** 0.5  # voxels of 2 mm
+    empty = found.per_image[found.per_image["empty"]]
+    assert (empty["hd"].round(3) == round(diagonal, 3)).all() and found.per_image["hd"].max() <= diagonal + 1e-3
+    assert set(found.per_image["class"]) == {"left", "right"}
 
 
 @pytest.fixture

@@ -52,6 +52,22 @@ def made_up_cohort(slices=30, side=32, classes=("ellipse",)):
     )
 
 
+def made_up_volumes(count=12, shape=(16, 20, 24)):
+    """Bright balls of two classes, halves of one ball, one volume a subject, voxels of 2 mm."""
+    rng, grid = np.random.default_rng(0), np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
+    images, labels = [], []
+    for _ in range(count):
+        centre = np.array(shape) / 2 + rng.uniform(-2, 2, 3)
+        inside = np.square(grid - centre[:, None, None, None]).sum(axis=0) < rng.uniform(5, 7) ** 2
+        images.append(min_max(inside + 0.2 * rng.standard_normal(shape)))
+        labels.append(inside.astype(np.uint8) + (inside & (grid[2] > centre[2])))
+    subjects = np.array([f"s{k:02d}" for k in range(count)])
+    split = split_by_subject(subjects, {"train": 8, "validation": 2, "test": 2}, 1)
+    return Cohort(
+        "hippocampus", "made up", np.stack(images), np.stack(labels), subjects, split, ("left", "right"), False, 2.0
+    )
+
+
 @pytest.fixture
 def trial(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))

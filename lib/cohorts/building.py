@@ -10,6 +10,7 @@ BUILDERS = {  # name in params.yaml to a function of the settings
     "hippocampus_centre": lambda settings: hippocampus.build(
         settings.hippocampus_centre, settings.split_seed, "centre"
     ),
+    "hippocampus3d": lambda settings: hippocampus.build(settings.hippocampus3d, settings.split_seed, "whole"),
     "acdc": lambda settings: acdc.build(settings.acdc),
     "synapse": lambda settings: synapse.build(settings.synapse),
 }

@@ -1,4 +1,4 @@
-"""A cohort: 2D slices with masks, subjects and a split by subject; and the same on the device."""
+"""A cohort: slices or volumes with masks, subjects and a split by subject; and the same on the device."""
 
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -11,18 +11,18 @@ from lib.runs.files import replacing
 
 @dataclass(frozen=True)
 class Cohort:
-    """A table of 2D slices.
+    """A table of images: slices, or whole volumes.
 
     Attributes:
         name: as in params.yaml.
         title: as in tables; says so where the cohort is simulated.
-        images: ``(slices, height, width)`` float32 in [0, 1].
-        labels: ``(slices, height, width)`` uint8, 0 background, 1.. the classes.
-        subjects: ``(slices,)`` subject ids.
-        split: ``(slices,)`` one of splitting.SPLITS.
+        images: ``(images, *space)`` float32 in [0, 1].
+        labels: ``(images, *space)`` uint8, 0 background, 1.. the classes.
+        subjects: ``(images,)`` subject ids.
+        split: ``(images,)`` one of splitting.SPLITS.
         classes: name of every foreground class.
         symmetric: whether a mirrored image is a valid one.
-        pixel_mm: side of a pixel.
+        pixel_mm: side of a pixel or voxel.
     """
 
     name: str
@@ -36,6 +36,11 @@ class Cohort:
     pixel_mm: float
 
     of_volumes: ClassVar[bool] = False  # whether the slices are of volumes, see cohorts.volumes
+
+    @property
+    def axes(self):
+        """How many axes an image has: 2, or 3 if it is a volume."""
+        return self.images.ndim - 1
 
     def index(self, split):
         """Indices of the slices of one split."""
@@ -81,7 +86,7 @@ class Cohort:
 
 
 def one_hot(labels, classes):
-    """Label maps ``(n, height, width)`` as masks ``(n, classes, height, width)`` float32, background left out."""
+    """Label maps ``(n, *space)`` as masks ``(n, classes, *space)`` float32, background left out."""
     return np.stack([labels == value for value in range(1, classes + 1)], axis=1).astype(np.float32)
 
 
@@ -92,7 +97,7 @@ class Tensors:
         cohort, settings, numerics: of the experiment.
 
     Attributes:
-        images: ``(slices, 1, height, width)``; masks: ``(slices, classes, height, width)``.
+        images: ``(images, 1, *space)``; masks: ``(images, classes, *space)``.
         labelled, unlabelled, train, validation: index tensors.
         example: index ``(1,)`` of a training image that is unlabelled at every rate below 100 %, for pictures.
     """

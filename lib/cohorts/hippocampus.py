@@ -1,5 +1,7 @@
 """The hippocampus cohort: real T1 MRI of the Medical Segmentation Decathlon, Task04 (CC-BY-SA 4.0)."""
 
+from functools import partial
+
 import numpy as np
 from tqdm import tqdm
 
@@ -7,6 +9,7 @@ from lib import DataError
 from lib.cohorts.cohort import Cohort
 from lib.cohorts.reading import EXTERNAL, existing_folder, min_max, on_canvas, read_pair, without
 from lib.cohorts.splitting import split_by_subject
+from lib.cohorts.volumes import scaled
 from lib.runs.params import ROOT, work_folder
 
 URL = "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task04_Hippocampus.tar"
@@ -22,6 +25,11 @@ NUMBERS = """
 305 308 309 310 311 314 316 317 318 319 320 322 325 326 327 328 329 331 332 333 335 336 337 338 340 341 343 349 351
 352 354 355 356 358 359 360 361 366 367 368 370 372 373 374 375 376 378 380 381 383 385 386 387 389 390 393
 """.split()
+TITLES = {
+    "largest": "hippocampus",
+    "centre": "hippocampus (slices by place)",
+    "whole": "hippocampus (volumes)",
+}
 CASES = {f"hippocampus_{number}" for number in NUMBERS}  # the results are from these of the archive's 260
 
 
@@ -95,28 +103,36 @@ def sagittal_slices(image, mask, offsets, around="largest"):
     return [(image[k].T[::-1], mask[k].T[::-1]) for k in dict.fromkeys(chosen)]
 
 
+def whole_volumes(image, mask):
+    """A RAS volume as one image of its sagittal slices, which stand as those of ``sagittal_slices`` do."""
+    return [tuple(np.ascontiguousarray(volume.transpose(0, 2, 1)[:, ::-1]) for volume in (image, mask))]
+
+
 def build(settings, seed, around="largest"):
     """The cohort.
 
     Args:
         settings: section of the cohort in params.yaml.
         seed: of the split.
-        around: which slices, see ``sagittal_slices``.
+        around: which slices, see ``sagittal_slices``; ``whole`` for volumes.
 
     Raises:
         DataError: see reading.read_pair; also too few subjects, or an empty mask.
     """
     if settings.classes not in ("binary", "two"):
         raise ValueError(f"hippocampus.classes '{settings.classes}' in params.yaml is not one of binary, two")
+    whole = around == "whole"
+    canvas = settings.canvas if whole else [settings.size] * 2
+    take = whole_volumes if whole else partial(sagittal_slices, offsets=settings.slice_offsets, around=around)
     images, labels, subjects = [], [], []
     cases, external = chosen_cases(settings)
     for name, files in tqdm((cases | external).items(), desc="reading hippocampus", unit="case"):
         image, mask, _ = read_pair(*files, LABELS)
         if not mask.any():
             raise DataError(f"{files[1]} is empty, so no slice can be chosen: leave the case out")
-        for image_slice, mask_slice in sagittal_slices(image, mask, settings.slice_offsets, around):
-            images.append(on_canvas(min_max(image_slice), settings.size))
-            labels.append(on_canvas(mask_slice, settings.size))
+        for one, labelled in take(image, mask):
+            images.append(on_canvas(scaled(one) if whole else min_max(one), canvas))
+            labels.append(on_canvas(labelled, canvas))
             subjects.append(name)
     labels, subjects = np.stack(labels), np.array(subjects)
     own = np.isin(subjects, list(cases))
@@ -125,7 +141,7 @@ def build(settings, seed, around="largest"):
     binary = settings.classes == "binary"
     return Cohort(
         name="hippocampus",
-        title="hippocampus" if around == "largest" else "hippocampus (slices by place)",
+        title=TITLES[around],
         images=np.stack(images),
         labels=np.minimum(labels, 1) if binary else labels,
         subjects=subjects,

@@ -279,18 +279,13 @@ def min_max(image):
     return ((image - low) / (high - low)).astype(np.float32)
 
 
-def on_canvas(image, size):
-    """A 2D image centred on a ``size`` x ``size`` canvas of zeros, cropped where it is larger."""
-    canvas = np.zeros((size, size), image.dtype)
-    window = []
-    for side in image.shape:
-        length = min(side, size)
-        window.append(
-            (
-                slice((size - length) // 2, (size - length) // 2 + length),
-                slice((side - length) // 2, (side - length) // 2 + length),
-            )
-        )
-    (to_rows, from_rows), (to_columns, from_columns) = window
-    canvas[to_rows, to_columns] = image[from_rows, from_columns]
+def on_canvas(image, shape):
+    """An image or a volume, centred on a canvas of zeros of the given shape, cropped where it is larger."""
+    canvas = np.zeros(shape, image.dtype)
+    to, taken = [], []
+    for side, room in zip(image.shape, shape):
+        length = min(side, room)
+        to.append(slice((room - length) // 2, (room - length) // 2 + length))
+        taken.append(slice((side - length) // 2, (side - length) // 2 + length))
+    canvas[tuple(to)] = image[tuple(taken)]
     return canvas

@@ -10,7 +10,7 @@ from lib import pseudo_masks
 from lib.cohorts import load_cohort
 from lib.cohorts.cohort import Tensors
 from lib.compute import Numerics
-from lib.models import MrRegNet, ResidualUNet
+from lib.models import MrRegNet, ResidualUNet, strides_of
 from lib.runs.cabinet import WITHOUT_MASKS, Cabinet
 from lib.runs.params import cohort_file
 from lib.runs.versions import NUMERICS, VOLUMES, fingerprint
@@ -20,7 +20,7 @@ class Prediction(NamedTuple):
     """What a method says of test images."""
 
     round: int  # that is tested; 0 where there are none
-    masks: torch.Tensor  # (n, classes, height, width) in [0, 1]
+    masks: torch.Tensor  # (n, classes, *space) in [0, 1]
 
 
 class Experiment:
@@ -32,6 +32,7 @@ class Experiment:
         cohort: cohorts.cohort.Cohort.
         data: cohorts.cohort.Tensors.
         cabinet: runs.cabinet.Cabinet, in which the stages keep their weights, checkpoints and costs.
+        strides: of the networks, see models.strides_of.
         pooled: whether the soft Dice loss of the segmentation is that of whole batches, see losses.soft_dice_loss.
             True if the images are slices of volumes.
         origin: fingerprint of cohort file, draws, precision and versions. It is part of every checkpoint's own. The
@@ -46,6 +47,7 @@ class Experiment:
         self.cohort = load_cohort(file)
         self.pooled = self.cohort.of_volumes
         self.data = Tensors(self.cohort, settings, self.numerics)
+        self.strides = strides_of([self.cohort.pixel_mm] * self.cohort.axes)
         self.origin = fingerprint(
             hashlib.sha256(file.read_bytes()).hexdigest(),
             NUMERICS,
@@ -58,11 +60,14 @@ class Experiment:
 
     def segmentation_network(self):
         """A ResidualUNet with the seed's initial weights, on the device."""
-        return self._seeded(lambda: ResidualUNet(len(self.cohort.classes), self.settings.segmentation.normalisation))
+        options = {"normalisation": self.settings.segmentation.normalisation, "strides": self.strides}
+        if self.cohort.axes == 3:
+            options["root"] = self.settings[self.settings.cohort].root
+        return self._seeded(lambda: ResidualUNet(len(self.cohort.classes), **options))
 
     def registration_network(self):
         """A MrRegNet with the seed's initial weights, on the device."""
-        return self._seeded(lambda: MrRegNet(self.settings.registration.normalisation))
+        return self._seeded(lambda: MrRegNet(self.settings.registration.normalisation, strides=self.strides))
 
     def _seeded(self, make):
         with torch.random.fork_rng():

@@ -12,7 +12,7 @@ RECIPES = ("paper", "strong")
 SELECTIONS = ("none", "validation", "training")
 VOLUME_COHORTS = ("acdc", "synapse")  # their images are slices of volumes, see cohorts.volumes
 CHOICES = {
-    "cohort": ("midbrain", "hippocampus", "hippocampus_centre", *VOLUME_COHORTS, "folder"),
+    "cohort": ("midbrain", "hippocampus", "hippocampus_centre", "hippocampus3d", *VOLUME_COHORTS, "folder"),
     "recipe": RECIPES,
     "scale": ("smoke", "cpu", "paper"),
     "precision": ("auto", "bfloat16", "float32"),

@@ -20,7 +20,7 @@ class Fields(NamedTuple):
     """For every unlabelled image the labelled images that fit it best, each with the field that warps it there."""
 
     sources: torch.Tensor  # (n, k) positions among the labelled images, the most similar first
-    fields: torch.Tensor  # (n, k, 2, height, width), in pixels
+    fields: torch.Tensor  # (n, k, axes, *space), in pixels
     cause: str = ""  # fingerprint of what they were made from and how
 
     def draw(self, count, generator):
@@ -37,7 +37,7 @@ class Fields(NamedTuple):
         """
         flat = self.fields.flatten(0, 1)
         drawn = elastic(len(flat), flat.shape[2:], generator, points, 1.0)
-        strength = lambda field: field.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        strength = lambda field: field.square().mean(dim=tuple(range(1, field.ndim)), keepdim=True).sqrt()
         return self._replace(fields=(drawn * strength(flat) / strength(drawn)).reshape(self.fields.shape))
 
     def shuffled(self):

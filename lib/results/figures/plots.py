@@ -53,14 +53,37 @@ def draw(axes, image, mask=None, title="", heat=None, colour=TRUE):
     axes.set_yticks([])
 
 
-def gallery(images, masks, titles, columns=6):
-    """Slices with the outline of their masks."""
+def through(masks, *others):
+    """What pictures show of a batch: of volumes the slice in which most is marked; slices as they are.
+
+    Args:
+        masks: ``(n, classes, *space)``, by which the slice is chosen.
+        others: ``(n, channels, *space)`` of the same space, cut alike.
+
+    Returns:
+        List of masks and others as ``(n, channels, height, width)`` tensors or arrays.
+    """
+    if masks.ndim == 4:
+        return [masks, *others]
+    chosen = array(masks).reshape(*masks.shape).sum(axis=(1, 3, 4)).argmax(axis=1)
+    return [
+        np.stack([array(volume[:, k]).reshape(-1, *volume.shape[2:]) for volume, k in zip(each, chosen)])
+        for each in (masks, *others)
+    ]
+
+
+def gallery(images, masks, titles, columns=6, predicted=None):
+    """Slices, or slices through volumes, with the outline of their masks, and of ``predicted`` ones, where given."""
+    masks, images, *predicted = through(masks, images, *([] if predicted is None else [predicted]))
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.5 * rows), squeeze=False)
     for ax in axes.flat[len(images) :]:
         ax.axis("off")
     for ax, image, mask, title in zip(axes.flat, images, masks, titles):
         draw(ax, image, mask, title)
+    for found in predicted:
+        for ax, mask in zip(axes.flat, found):
+            outline(ax, mask, OTHER)
     figure.tight_layout()
     return figure
 
@@ -156,8 +179,9 @@ def cases(experiment, masks, per_image, columns=6):
             if hasattr(cohort, "volumes"):  # rows are of whole volumes: show the middle slice
                 same = np.flatnonzero(cohort.volumes[index] == cohort.volumes[row["slice"]])
                 at = int(same[len(same) // 2])
-            image = array(data.images[index[at]])
-            truth, found = (array(mask).reshape(-1, *image.shape) for mask in (data.masks[index[at]], predicted[at]))
+            at, where = slice(at, at + 1), index[at : at + 1]
+            truth, found, image = map(array, through(data.masks[where], predicted[at], data.images[where]))
+            truth, found = (mask.reshape(-1, *image.shape) for mask in (truth, found))
             ax.axis("on")
             draw(
                 ax,
