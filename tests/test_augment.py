@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lib import augment
+from lib.runs import params
 
 
 def smooth_mask(size=64):
@@ -70,11 +71,10 @@ def test_volumes_are_turned_as_the_body_is_however_long_their_voxels_are():
 
 
 def test_image_and_mask_of_a_volume_move_alike_and_smoothly():
-    from lib.runs import params
 
     settings = params.load("strong").strong.augmentation
     grid = torch.stack(torch.meshgrid(*[torch.arange(24.0)] * 3, indexing="ij"))
-    ball = torch.exp(-((grid - 11).square().sum(0) / 30)).expand(3, 1, 24, 24, 24)
+    ball = torch.exp(-((grid - 11).square().sum(0) / 12)).expand(3, 1, 24, 24, 24)
     ball = torch.where(ball > 0.05, ball, 0)  # at the edges, where image and mask differ by design, there is nothing
     moved, mask = augment.place(ball, ball.clone(), torch.Generator().manual_seed(1), settings, True)
     assert torch.allclose(moved, mask, atol=1e-3) and (moved - ball).abs().amax(dim=(1, 2, 3, 4)).min() > 0.1
