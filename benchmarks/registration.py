@@ -1,8 +1,8 @@
-"""`python benchmarks/registration.py COHORT`: how well one field carries a mask, beside ANTs and SimpleITK.
+"""`python benchmarks/registration.py COHORT`, or `dvc repro benchmarks/dvc.yaml`: how well one field carries a mask.
 
-The same random pairs of test images of different subjects for all, no mask seen by any. Writes registration.csv and
-registration.md to results/<cohort>/: DSC of the warped mask, folding, and seconds per pair, all on one thread.
-Needs `pip install -r benchmarks/requirements.txt`. ANTs takes about a second a pair.
+MrRegNet beside ANTs and SimpleITK: the same random pairs of test images of different subjects for all, no mask seen by
+any. Writes registration.csv and registration.md to results/<cohort>/: DSC of the warped mask, folding, and seconds per
+pair, all on one thread. Needs `pip install -r benchmarks/requirements.txt`.
 """
 
 import argparse
@@ -83,6 +83,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cohort")
     settings = params.load("strong", parser.parse_args().cohort)
+    settings["precision"] = settings.contest.precision
     torch.set_num_threads(1)
     experiment = Experiment(settings)
     network, _ = pretrain_registration(experiment)

@@ -80,7 +80,7 @@ def test_image_and_mask_of_a_volume_move_alike_and_smoothly():
     assert torch.allclose(moved, mask, atol=1e-3) and (moved - ball).abs().amax(dim=(1, 2, 3, 4)).min() > 0.1
     field = augment.elastic(2, (24, 20, 16), torch.Generator().manual_seed(2), 5, 2.0)
     assert field.shape == (2, 3, 24, 20, 16) and field.std() > 0.8
-    assert all(field.diff(dim=axis).abs().max() < 2.5 for axis in (2, 3, 4))
+    assert all(field.diff(dim=axis).abs().max() < 4 for axis in (2, 3, 4))
     flat = augment.elastic(200, (8, 8, 8), torch.Generator().manual_seed(2), 5, [0.0, 1.0, 3.0])
     assert not flat[:, 0].any() and flat[:, 2].std() / flat[:, 1].std() == pytest.approx(3, rel=0.1)
     lit = augment.light(ball, torch.Generator().manual_seed(3), settings)
