@@ -1,4 +1,4 @@
-"""`python benchmarks/registration.py COHORT`, or `dvc repro benchmarks/dvc.yaml`: how well one field carries a mask.
+"""`python benchmarks/registration.py COHORT`: how well one field carries a mask.
 
 MrRegNet beside ANTs and SimpleITK: the same random pairs of test images of different subjects for all, no mask seen by
 any. Writes registration.csv and registration.md to results/<cohort>/: DSC of the warped mask, folding, and seconds per
