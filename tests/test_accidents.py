@@ -36,6 +36,7 @@ SMALL = {
     "scales.smoke.strong.training.steps": 2,
     "scales.smoke.strong.training.batch": 4,
     "pseudo_masks.n": 1,
+    "folder.method": "joint+",  # the longest way: registration, then training
     "registration.batch": 2,
 }
 
