@@ -9,6 +9,7 @@ from torch import nn
 from lib.warping import upsample_displacement
 
 LEVELS = 5
+ROOT = 16  # channels of the finest level of the U-Net (P1, section 2.3)
 CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}  # by the number of axes, as all that follows
 TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 POOLING = {2: F.max_pool2d, 3: F.max_pool3d}
@@ -28,7 +29,7 @@ def strides_of(spacing, space=None):
     spacing, sides = list(spacing), list(space or [2**LEVELS] * len(spacing))
     strides = []
     for _ in range(LEVELS - 1):
-        able = [side >= 4 for side in sides]
+        able = [side >= 8 for side in sides]
         shortest = min([length for length, can in zip(spacing, able) if can], default=1)
         halved = [can and length < 2 * shortest for length, can in zip(spacing, able)]
         strides.append(tuple(1 + half for half in halved))
@@ -88,7 +89,7 @@ class ResidualUNet(nn.Module):
         strides: see ``strides_of``; their length says whether images have two axes or three.
     """
 
-    def __init__(self, classes=1, normalisation="none", root=16, strides=HALVED):
+    def __init__(self, classes=1, normalisation="none", root=ROOT, strides=HALVED):
         super().__init__()
         self.strides = strides
         axes = len(strides[0])

@@ -20,7 +20,7 @@ class PseudoMasks(NamedTuple):
     folding: torch.Tensor  # (images,) share of pixels with a non-positive Jacobian determinant, over the N fields
 
 
-def segmentation_masks(network, images, n, generator, settings, flip, numerics):
+def segmentation_masks(network, images, n, generator, settings, flip, numerics, spacing=None):
     """N probabilistic masks of every image: the plain one and N - 1 under augmentation, mapped back.
 
     Args:
@@ -30,6 +30,7 @@ def segmentation_masks(network, images, n, generator, settings, flip, numerics):
         generator: for the draws.
         settings: rotation (degrees), shift (of the side) and contrast, half-widths of uniform ranges.
         flip: whether the anatomy is symmetric, so that mirrored images are valid ones.
+        spacing: see augment.draw_affine.
 
     Returns:
         ``(n, batch, classes, *space)`` in [0, 1].
@@ -41,7 +42,8 @@ def segmentation_masks(network, images, n, generator, settings, flip, numerics):
             with numerics.autocast():
                 masks.append(network.segment(images))
             continue
-        maps = draw_affine(batch, space, generator, rotation=settings.rotation, shift=settings.shift, flip=flip)
+        sizes = {"rotation": settings.rotation, "shift": settings.shift}
+        maps = draw_affine(batch, space, generator, flip=flip, spacing=spacing, **sizes)
         seen = change_contrast(maps.apply(images), 1 + uniform(batch, settings.contrast, generator))
         with numerics.autocast():
             masks.append(network.segment(seen))

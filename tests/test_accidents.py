@@ -19,14 +19,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_own import fill, scan
+from test_own import fill, scan, taken_in
 
 from lib import DataError
 from lib.models import ResidualUNet
 from lib.runs import params
 from lib.scans import __main__ as command
 from lib.scans.folder import nifti_files
-from lib.scans.intake import take_in
 from lib.scans.segment import segment_folder
 from lib.scans.store import Store
 
@@ -54,7 +53,7 @@ def outcome(folder):
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in files
-        if not {"checkpoints", "slices", "cases.jsonl", "costs"} & {*file.parts}
+        if not {"checkpoints", "scans", "cases.jsonl", "costs"} & {*file.parts}
     }
 
 
@@ -278,7 +277,7 @@ def test_a_full_disk_stops_the_run_and_nothing_finished_is_lost(finished, tmp_pa
         with disk_of(size), pytest.raises(DataError, match=FULL):
             segment_folder(settings_for(new))
         assert not list((new / "out").rglob("*partial*"))
-    assert len(Store(new / "out" / "work" / "slices" / "32", 32).index) == 7
+    assert len(Store(new / "out" / "work" / "scans").index) == 7
     lost = folder / "out" / "case 3_confidence.nii.gz"
     lost.unlink()
     with disk_of(300), pytest.raises(DataError, match=FULL):
@@ -305,14 +304,14 @@ def test_what_may_not_be_read_or_written_is_named():
     with tempfile.TemporaryDirectory() as name:
         folder = fill(Path(name), cases=2, labelled=1, slices=1)
         folder.chmod(0o777)
-        store = Store(folder / "slices", 32)
-        for file in ("slices/images.bin", "slices/labels.bin", "slices/index.jsonl"):
+        store = Store(folder / "scans")
+        for file in ("scans/images.bin", "scans/labels.bin", "scans/index.jsonl"):
             (folder / file).touch()
             (folder / file).chmod(0o666)
         (folder / "images" / "case 0.nii.gz").chmod(0)
         (folder / "out").mkdir(mode=0o555)
         with unprivileged():
-            intake = take_in(settings_for(folder).folder, store)
+            intake = taken_in(settings_for(folder), store)
             with pytest.raises(DataError, match="out cannot be written to .Permission denied.: give another output"):
                 segment_folder(settings_for(folder))
         assert [case.name for case in intake.cases] == ["case 1"]
@@ -400,7 +399,7 @@ def test_empty_masks_are_noted_and_nothing_but_empty_masks_is_an_error(tmp_path)
         nothing = nib.Nifti1Image(np.zeros((40, 36, 1), np.uint8), np.diag([-2.0, 1.0, 4.0, 1.0]))
         nib.save(nothing, folder / "masks" / f"case {k}.nii.gz")
         if k == 0:
-            intake = take_in(settings_for(folder).folder, Store(tmp_path / "slices", 32))
+            intake = taken_in(settings_for(folder), Store(tmp_path / "scans"))
             assert list(intake.notes) == ["case 0"] and "marks nothing" in intake.notes["case 0"]
     with pytest.raises(DataError, match="mark nothing: draw at least one structure"):
         segment_folder(settings_for(folder))

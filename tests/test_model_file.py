@@ -15,8 +15,11 @@ from lib.scans.model_file import FORMAT, VERSION, Model, load_model, save_model
 ABOUT = {
     "classes": ["a", "b"],
     "values": [1, 5],
-    "size": 32,
+    "space": "slices",
     "axis": 2,
+    "spacing": [1.0, 1.0],
+    "canvas": [32, 32],
+    "root": 16,
     "normalisation": "instance",
     "pseudo_masks": {"n": 5},
     "symmetric": False,
@@ -68,7 +71,9 @@ def rewrite(**about):
         (rewrite(version=99), "version 99"),
         (rewrite(classes=["a", "b", "c"]), "does not fit"),
         (rewrite(networks=0), "no network"),
-        (rewrite(size="big"), "does not fit"),
+        (rewrite(canvas="big"), "does not fit"),
+        (rewrite(space="time"), "does not fit"),
+        (rewrite(root=8), "does not fit"),
         (lambda f: f.unlink(), "does not exist"),
     ],
 )

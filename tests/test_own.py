@@ -17,11 +17,15 @@ from lib.results.evaluation import score
 from lib.runs import params
 from lib.scans import applying, review
 from lib.scans import segment as own
-from lib.scans.folder import Case, read_case
+from lib.scans.folder import Case, find_cases, read_case
 from lib.scans.intake import build, chosen_slices, folds_of, subjects_of, take_in
 from lib.scans.model_file import load_model, save_model
+from lib.scans.planning import Plan, plan_of
 from lib.scans.store import Store
 from lib.scans.training import fold_settings, score_case
+
+
+SLICES = Plan("slices", 2, (1.0, 1.0), (32, 32))
 
 
 def scan(seed, slices=3):
@@ -58,6 +62,18 @@ def settings_for(folder, monkeypatch, **changes):
         **changes,
     }
     return settings
+
+
+def plan_for(settings):
+    return plan_of(settings.folder, cases_of(settings))
+
+
+def cases_of(settings):
+    return find_cases(settings.folder.images, settings.folder.masks)
+
+
+def taken_in(settings, store):
+    return take_in(settings.folder, cases_of(settings), plan_for(settings), store)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +168,7 @@ def test_from_ten_labelled_subjects_on_a_fifth_is_held_out_and_a_single_one_cann
 def test_quick_networks_take_fewer_steps_and_memory_that_is_short_smaller_batches(monkeypatch, tmp_path):
     settings = settings_for(tmp_path, monkeypatch)
     settings.strong.training |= {"steps": 400, "batch": 16}
-    quick, small = fold_settings(settings, 1, quick=True), fold_settings(settings, 0, divisor=8)
+    quick, small = fold_settings(settings, SLICES, 1, quick=True), fold_settings(settings, SLICES, 0, divisor=8)
     assert quick.strong.training.steps == 100 and quick.folder.unlabelled == 0
     assert small.strong.training.steps == 400 and small.strong.training.batch == 4 and small.registration.batch >= 1
     assert settings.strong.training.batch == 16
@@ -223,7 +239,7 @@ def test_no_mask_at_all_and_a_second_run_in_the_same_folder_are_errors(tmp_path,
 
 
 def test_slices_are_chosen_by_mask_and_by_range(tmp_path):
-    store = Store(tmp_path, 4)
+    store = Store(tmp_path)
     labels = np.zeros((5, 4, 4))
     labels[3] = 1
     store.add("a", "1", np.zeros((5, 4, 4)), labels)
@@ -243,7 +259,7 @@ def test_a_volume_that_is_too_short_is_left_out_and_the_others_are_not(tmp_path,
     folder = fill(tmp_path, cases=2, labelled=1, slices=5)
     image, _ = scan(5, 2)
     nib.save(nib.Nifti1Image(image, np.eye(4)), folder / "images" / "short.nii.gz")
-    intake = take_in(settings_for(folder, monkeypatch, slices=[2, 4]).folder, Store(tmp_path / "slices", 32))
+    intake = taken_in(settings_for(folder, monkeypatch, slices=[2, 4]), Store(tmp_path / "scans"))
     assert [case.name for case in intake.cases] == ["case 0", "case 1"]
     assert "short.nii.gz has 2 slices, none from 2 to 4: change folder.slices" in intake.failures["short"]
 
@@ -251,7 +267,7 @@ def test_a_volume_that_is_too_short_is_left_out_and_the_others_are_not(tmp_path,
 def test_flipping_left_and_right_makes_no_sense_in_sagittal_slices(tmp_path, monkeypatch):
     settings = settings_for(fill(tmp_path, cases=1, labelled=1), monkeypatch, symmetric=True, axis=0)
     with pytest.raises(DataError, match="folder.symmetric flips left and right"):
-        take_in(settings.folder, Store(tmp_path / "slices", 32))
+        taken_in(settings, Store(tmp_path / "scans"))
 
 
 def test_labels_shrink_as_images_do_and_what_is_lost_is_said(tmp_path, monkeypatch):
@@ -267,18 +283,18 @@ def test_labels_shrink_as_images_do_and_what_is_lost_is_said(tmp_path, monkeypat
     mask[0, 0] = 9  # one pixel of 40 by 36, in slices of 8
     affine = np.diag([-2.0, 1.0, 4.0, 1.0])
     nib.save(nib.Nifti1Image(mask, affine), folder / "masks" / "case 0.nii.gz")
-    intake = take_in(settings_for(folder, monkeypatch, size=8).folder, Store(tmp_path / "slices", 8))
-    assert intake.values == [2, 7, 9] and "label 9 is too small for slices of 8 pixels" in intake.notes["case 0"]
+    intake = taken_in(settings_for(folder, monkeypatch, size=8), Store(tmp_path / "scans"))
+    assert intake.values == [2, 7, 9] and "label 9 is too small for slices of 16 x 16 pixels of 10 x 10 mm: raise folder.size" in intake.notes["case 0"]
 
 
 def test_few_files_are_open_however_many_slices_train(tmp_path, monkeypatch):
     folder = fill(tmp_path, cases=4, labelled=2, slices=60)
-    settings, store = settings_for(folder, monkeypatch), Store(tmp_path / "slices", 32)
-    intake = take_in(settings.folder, store)
+    settings, store = settings_for(folder, monkeypatch), Store(tmp_path / "scans")
+    intake = taken_in(settings, store)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
     try:
-        cohort = build(settings, store, intake, ["case 0"])
+        cohort = build(settings, plan_for(settings), store, intake, ["case 0"])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(cohort.images) == 240
@@ -287,8 +303,8 @@ def test_few_files_are_open_however_many_slices_train(tmp_path, monkeypatch):
 def test_a_single_slice_is_scored_as_an_image(segmented, tmp_path, monkeypatch):
     """A volume one slice thick has no inside: its HD95 would be too low."""
     folder = fill(tmp_path, cases=1, labelled=1, slices=1)
-    store = Store(tmp_path / "slices", 32)
-    intake = take_in(settings_for(folder, monkeypatch).folder, store)
+    store = Store(tmp_path / "scans")
+    intake = taken_in(settings_for(folder, monkeypatch), store)
     model = load_model(segmented[0] / "out" / "model.safetensors")
     numerics = Numerics("cpu")
     (case,) = intake.cases

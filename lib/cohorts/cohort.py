@@ -9,6 +9,9 @@ import torch
 from lib.runs.files import replacing
 
 
+UNDRAWN = 255  # label of what nobody has drawn: it trains nothing and is scored nowhere
+
+
 @dataclass(frozen=True)
 class Cohort:
     """A table of images: slices, or whole volumes.
@@ -17,7 +20,7 @@ class Cohort:
         name: as in params.yaml.
         title: as in tables; says so where the cohort is simulated.
         images: ``(images, *space)`` float32 in [0, 1].
-        labels: ``(images, *space)`` uint8, 0 background, 1.. the classes.
+        labels: ``(images, *space)`` uint8, 0 background, 1.. the classes, or UNDRAWN.
         subjects: ``(images,)`` subject ids.
         split: ``(images,)`` one of splitting.SPLITS.
         classes: name of every foreground class.
@@ -41,6 +44,11 @@ class Cohort:
     def axes(self):
         """How many axes an image has: 2, or 3 if it is a volume."""
         return self.images.ndim - 1
+
+    @property
+    def spacing(self):
+        """mm between pixels or voxels along every axis."""
+        return (self.pixel_mm,) * self.axes
 
     def index(self, split):
         """Indices of the slices of one split."""
@@ -98,6 +106,7 @@ class Tensors:
 
     Attributes:
         images: ``(images, 1, *space)``; masks: ``(images, classes, *space)``.
+        drawn: ``(images, 1, *space)``, 0 where nobody has drawn, else 1; None where all is drawn.
         labelled, unlabelled, train, validation: index tensors.
         example: index ``(1,)`` of a training image that is unlabelled at every rate below 100 %, for pictures.
     """
@@ -106,6 +115,8 @@ class Tensors:
         self.cohort = cohort
         self.images = numerics.tensor(cohort.images[:, None])
         self.masks = numerics.tensor(one_hot(cohort.labels, len(cohort.classes)))
+        undrawn = cohort.labels == UNDRAWN
+        self.drawn = numerics.tensor(~undrawn[:, None]) if undrawn.any() else None
         self.as_index = lambda index: torch.as_tensor(index, device=numerics.device)
         self.train, self.validation = self.as_index(cohort.index("train")), self.as_index(cohort.index("validation"))
         self.symmetric = cohort.symmetric

@@ -111,13 +111,20 @@ class VolumeCohort(Cohort):
 
 @dataclass(frozen=True)
 class OwnCohort(VolumeCohort):
-    """A user's slices: those with a mask are labelled, the rest is not, and there is nothing to test on.
+    """A user's slices or volumes: those with a mask are labelled, the rest is not, and there is nothing to test on.
 
     Attributes, besides those of VolumeCohort:
-        masked: ``(slices,)`` whether a slice has a mask.
+        masked: ``(images,)`` whether an image has a mask.
+        voxel_mm: ``(axes,)`` mm between pixels or voxels.
     """
 
     masked: np.ndarray
+    voxel_mm: np.ndarray
+
+    @property
+    def spacing(self):
+        """See Cohort."""
+        return tuple(self.voxel_mm.tolist())
 
     def order(self, seed):
         """Training slices, those with masks first; no seed changes it."""

@@ -10,7 +10,7 @@ from lib import pseudo_masks
 from lib.cohorts import load_cohort
 from lib.cohorts.cohort import Tensors
 from lib.compute import Numerics
-from lib.models import MrRegNet, ResidualUNet, strides_of
+from lib.models import HALVED, MrRegNet, ResidualUNet, strides_of
 from lib.runs.cabinet import WITHOUT_MASKS, Cabinet
 from lib.runs.params import cohort_file
 from lib.runs.versions import NUMERICS, VOLUMES, fingerprint
@@ -32,6 +32,7 @@ class Experiment:
         cohort: cohorts.cohort.Cohort.
         data: cohorts.cohort.Tensors.
         cabinet: runs.cabinet.Cabinet, in which the stages keep their weights, checkpoints and costs.
+        whole: whether an image is a volume.
         strides: of the networks, see models.strides_of.
         pooled: whether the soft Dice loss of the segmentation is that of whole batches, see losses.soft_dice_loss.
             True if the images are slices of volumes.
@@ -47,7 +48,8 @@ class Experiment:
         self.cohort = load_cohort(file)
         self.pooled = self.cohort.of_volumes
         self.data = Tensors(self.cohort, settings, self.numerics)
-        self.strides = strides_of([self.cohort.pixel_mm] * self.cohort.axes)
+        self.whole = self.cohort.axes == 3
+        self.strides = strides_of(self.cohort.spacing, self.cohort.images.shape[1:]) if self.whole else HALVED
         self.origin = fingerprint(
             hashlib.sha256(file.read_bytes()).hexdigest(),
             NUMERICS,
@@ -61,8 +63,8 @@ class Experiment:
     def segmentation_network(self):
         """A ResidualUNet with the seed's initial weights, on the device."""
         options = {"normalisation": self.settings.segmentation.normalisation, "strides": self.strides}
-        if self.cohort.axes == 3:
-            options["root"] = self.settings[self.settings.cohort].root
+        if self.whole:
+            options["root"] = self.settings.volumes.root
         return self._seeded(lambda: ResidualUNet(len(self.cohort.classes), **options))
 
     def registration_network(self):

@@ -155,7 +155,7 @@ def describe(experiment, split, index, method, masks, truth):
         scores = score_volumes(cohort, masks, index)
         case = torch.as_tensor(np.unique(cohort.volumes[index], return_inverse=True)[1], device=masks.device)
     else:
-        scores = score(masks, truth, cohort.classes, [cohort.pixel_mm] * 3 if cohort.axes == 3 else None)
+        scores = score(masks, truth, cohort.classes, cohort.spacing if cohort.axes == 3 else None)
     position = scores.pop("image").to_numpy()
     confidence = mean_confidence(masks, case).cpu().numpy()[position]
     frame = scores.assign(

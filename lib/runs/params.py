@@ -18,8 +18,9 @@ CHOICES = {
     "precision": ("auto", "bfloat16", "float32"),
 }
 OWN_METHODS = ("fs+elastic", "bcp", "joint+")  # that may segment a user's own scans
+SPACES = ("auto", "slices", "volumes")  # how they are seen
 SMALLEST = 16  # pixels, the side of slices in which there is anything to see after four halvings
-MIXED = ("slices",)  # settings that may be a word or a list
+MIXED = ("slices", "drawn")  # settings that may be a word, or a list or a number
 
 
 class Section(dict):
@@ -120,6 +121,8 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         raise ValueError(f"rate {tree.rate} in params.yaml is not a percentage between 0 and 100")
     if tree.folder.axis not in (0, 1, 2):
         raise ValueError(f"folder.axis {tree.folder.axis} in params.yaml is not one of 0, 1, 2")
+    if tree.folder.space not in SPACES:
+        raise ValueError(f"folder.space '{tree.folder.space}' in params.yaml is not one of {', '.join(SPACES)}")
     if tree.folder.method not in OWN_METHODS:
         raise ValueError(f"folder.method '{tree.folder.method}' in params.yaml is not one of {', '.join(OWN_METHODS)}")
     if tree.folder.size < SMALLEST:

@@ -52,7 +52,7 @@ def measure(count):
         subprocess.run([*command, *settings], cwd=ROOT, env={**os.environ, "JOINT_SET": "scale=smoke"}, check=True)
         seconds = time.perf_counter() - started
         written = len(list((folder / "out").glob("*_mask.nii.gz")))
-        stored = sum(file.stat().st_size for file in (folder / "out" / "work" / "slices").rglob("*.*"))
+        stored = sum(file.stat().st_size for file in (folder / "out" / "work" / "scans").rglob("*.*"))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the largest so far: fewer go first
     return {
         "slices": SLICES * written,

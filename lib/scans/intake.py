@@ -8,13 +8,16 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import DataError
-from lib.cohorts.volumes import OwnCohort, fit_labels, fit_to, scaled
+from lib.cohorts.cohort import UNDRAWN
+from lib.cohorts.volumes import OwnCohort, scaled
 from lib.compute import out_of_memory
 from lib.runs.versions import fingerprint
-from lib.scans.folder import find_cases, read_case
+from lib.scans.drawing import drawn_part
+from lib.scans.folder import read_case
+from lib.scans.planning import placed
 
 HELD_OUT_FROM = 10  # labelled subjects; with fewer all train, and two quick networks say what confidence means
-SLICES = "upright, labels by share"  # how slices are made; another way has another name
+IMAGES = "at the plan's spacing, labels by share"  # how images are made; another way has another name
 
 
 class Intake(NamedTuple):
@@ -43,55 +46,63 @@ def digest(file):
         raise DataError(f"{file} cannot be read ({error.strerror}): check its permissions, or copy it again") from error
 
 
-def prints_of(case, settings):
-    """Fingerprint of what a case's slices in the store are made from."""
+def prints_of(case, settings, plan):
+    """Fingerprint of what a case's images in the store are made from."""
     files = [case.image, case.mask] if case.mask else [case.image]
-    return fingerprint([digest(file) for file in files], settings.axis, settings.size, settings.labels, SLICES)
+    return fingerprint([digest(file) for file in files], list(plan), settings.labels, settings.drawn, IMAGES)
 
 
-def take_in(settings, store):
+def take_in(settings, found, plan, store):
     """Read every case of a folder into the store; one that cannot be read is reported and does not stop the others.
 
     Args:
         settings: section ``folder`` of params.yaml.
-        store: store.Store of slices of ``settings.size``.
+        found: list of folder.Case.
+        plan: planning.Plan.
+        store: store.Store.
 
     Returns:
         Intake.
 
     Raises:
-        DataError: the folder itself cannot be used, see folder.find_cases.
+        DataError: the settings cannot be used.
         OSError: the store's disk is full: what cannot be kept is no fault of the case.
     """
-    if settings.symmetric and settings.axis == 0:
+    if settings.symmetric and plan.axis == 0:
         raise DataError(
             "folder.symmetric flips left and right, which slices along folder.axis 0 do not have: set it to false"
         )
     first, last = range_of(settings.slices) or (0, 0)
     cases, failures, notes, values = [], {}, {}, set()
-    allowed = {0, *settings.labels} if settings.labels else None
-    found = find_cases(settings.images, settings.masks or None, settings.pattern)
+    allowed = {0, *settings.labels, *[settings.drawn] * isinstance(settings.drawn, int)} if settings.labels else None
     for case in tqdm(found, desc="reading", unit="case"):
         try:
-            key = prints_of(case, settings)
+            key = prints_of(case, settings, plan)
             if not store.has(case.name, key):
-                image, labels, _ = read_case(case, settings.axis, allowed)
-                small = None if labels is None else fit_labels(labels, settings.size)
-                drawn = [] if labels is None else np.unique(labels[labels > 0]).tolist()
-                store.add(case.name, key, fit_to(scaled(image), settings.size), small, drawn=drawn)
+                image, labels, grid = read_case(case, plan.axis, allowed)
+                if plan.space == "volumes" and grid.slices[0] == 1:
+                    raise DataError(f"{case.image} is a single slice among volumes: leave it out, or set folder.space=slices")
+                masks, more = (None, None), {"values": [], "taken": ""}
+                if labels is not None:
+                    labels, drawn, taken = drawn_part(labels, settings.drawn, plan.axis)
+                    masks = plan.labels(labels, grid, drawn), plan.drawn(drawn, grid)
+                    more = {"values": np.unique(labels[labels > 0]).tolist(), "taken": taken}
+                store.add(case.name, key, plan.images(scaled(image), grid), *masks, **more)
             count = len(store.images(case.name))
             if not len(range(count)[first : last + 1]):
                 raise DataError(f"{case.image} has {count} slices, none from {first} to {last}: change folder.slices")
             if case.mask:
-                drawn = set(store.index[case.name]["drawn"])
-                if not drawn:
+                marked = set(store.index[case.name]["values"])
+                if taken := store.index[case.name]["taken"]:
+                    notes[case.name] = taken
+                if not marked:
                     notes[case.name] = f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
-                elif lost := drawn - set(np.unique(store.labels(case.name)).tolist()):
+                elif lost := marked - set(np.unique(store.labels(case.name)).tolist()):
                     notes[case.name] = (
-                        f"{case.mask}: label {min(lost)} is too small for slices of {settings.size} "
-                        "pixels: raise folder.size"
+                        f"{case.mask}: label {min(lost)} is too small for {plan.title}: "
+                        f"raise folder.{'voxels' if plan.space == 'volumes' else 'size'}"
                     )
-                values |= drawn
+                values |= marked
             cases.append(case)
         except DataError as error:
             failures[case.name] = str(error)
@@ -174,11 +185,12 @@ def folds_of(subjects, seed):
     return (), sorted((names(order[::2]), names(order[1::2]))) if len(cases) > 1 else []
 
 
-def build(settings, store, intake, held_out):
+def build(settings, plan, store, intake, held_out):
     """The cohort of one fold.
 
     Args:
         settings: as params.load gives them.
+        plan: planning.Plan.
         held_out: names of the labelled cases that validate; if there are none, those that train validate too.
 
     Returns:
@@ -187,8 +199,9 @@ def build(settings, store, intake, held_out):
     """
     options = settings.folder
     slices = chosen_slices(options, store, intake.cases)
-    free = [(case.name, k) for case in intake.cases if not case.mask for k in slices[case.name]]
-    drawn = [(case.name, k) for case in intake.labelled for k in slices[case.name]]
+    every = [(case.name, k) for case in intake.cases for k in slices[case.name]]
+    with_mask = {(case.name, k) for case in intake.labelled for k in drawn_images(store, case.name, slices[case.name])}
+    free, drawn = ([row for row in every if (row in with_mask) == masked] for masked in (False, True))
     held = [row for row in drawn if row[0] in held_out]
     rows = [
         (name, int(k), split, masked)
@@ -199,18 +212,22 @@ def build(settings, store, intake, held_out):
         )
         for name, k in thinned(group, most)
     ]
-    empty = np.zeros((options.size, options.size), np.uint8)
+    empty = np.zeros(plan.canvas, np.uint8)
+    middle = lambda image: placed(image[None], plan.canvas)[0]  # of a scan that is larger than the canvas
     to_class = np.zeros(256, np.uint8)
     to_class[intake.values] = np.arange(1, len(intake.values) + 1)
     return OwnCohort(
         name="folder",
         title="own data",
         symmetric=options.symmetric,
-        pixel_mm=1.0,
+        pixel_mm=min(plan.spacing),
+        voxel_mm=np.array(plan.spacing),
         classes=class_names(intake.values),
         # Each is copied at once: what remains a view of the map keeps its file open.
-        images=np.stack([store.images(name)[k].astype(np.float32) for name, k, *_ in rows]),
-        labels=np.stack([to_class[store.labels(name)[k]] if masked else empty for name, k, _, masked in rows]),
+        images=np.stack([middle(store.images(name)[k].astype(np.float32)) for name, k, *_ in rows]),
+        labels=np.stack(
+            [middle(own_labels(store, name, k, to_class)) if masked else empty for name, k, _, masked in rows]
+        ),
         subjects=np.array([name for name, *_ in rows]),
         split=np.array([split for *_, split, _ in rows]),
         masked=np.array([masked for *_, masked in rows]),
@@ -221,6 +238,18 @@ def build(settings, store, intake, held_out):
         boxes=np.zeros((0, 4), int),
         truth=np.zeros(0, np.uint8),
     )
+
+
+def drawn_images(store, name, positions):
+    """Those of a case's images in which anything was drawn."""
+    drawn = store.drawn(name)
+    return positions if drawn is None else [k for k in positions if drawn[k].any()]
+
+
+def own_labels(store, name, position, to_class):
+    """Labels of one image as the cohort has them; ``to_class`` gives the class of every label value."""
+    labels, drawn = to_class[store.labels(name)[position]], store.drawn(name)
+    return labels if drawn is None else np.where(drawn[position] > 0, labels, np.uint8(UNDRAWN))
 
 
 def thinned(items, most):

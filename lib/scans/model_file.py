@@ -11,18 +11,20 @@ from safetensors.torch import save_file
 from lib import DataError
 from lib.models import ResidualUNet
 from lib.runs.files import replacing
+from lib.runs.params import SPACES
 from lib.runs.versions import fingerprint
+from lib.scans.planning import Plan
 from lib.training import weights_digest
 
 FORMAT = "joint segmentation and registration"
-VERSION = 2
+VERSION = 3
 
 
 class Model(NamedTuple):
     """Segmentation networks of the same kind, whose mean is the mask, and what is needed to apply them.
 
-    ``about``: classes (names), values (label value of each class in the masks), size (side of the slices), axis,
-    normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and
+    ``about``: classes (names), values (label value of each class in the masks), space, axis, spacing and canvas (of
+    planning.Plan), root (channels of the finest level), normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and
     settings), licence (of the training data) and calibration (rows: number of a held-out subject, and mean confidence
     and DSC of one of its cases or of a worse view of it).
     """
@@ -35,6 +37,11 @@ class Model(NamedTuple):
         return self._replace(networks=[numerics.place(network) for network in self.networks])
 
     @property
+    def plan(self):
+        """The planning.Plan by which the networks see scans."""
+        return plan_in(self.about)
+
+    @property
     def key(self):
         """Fingerprint of the weights and of how they are applied."""
         sums = [float(value.double().sum()) for network in self.networks for value in network.state_dict().values()]
@@ -44,8 +51,11 @@ class Model(NamedTuple):
 REQUIRED = {
     "classes": list,
     "values": list,
-    "size": int,
+    "space": str,
     "axis": int,
+    "spacing": list,
+    "canvas": list,
+    "root": int,
     "normalisation": str,
     "pseudo_masks": dict,
     "symmetric": bool,
@@ -53,6 +63,11 @@ REQUIRED = {
     "licence": str,
     "calibration": list,
 }
+
+
+def plan_in(about):
+    """The planning.Plan that a model's ``about`` holds."""
+    return Plan(about["space"], about["axis"], tuple(about["spacing"]), tuple(about["canvas"]))
 
 
 def checksum(about, networks):
@@ -109,9 +124,11 @@ def load_model(file):
         for name, kind in REQUIRED.items():
             if not isinstance(about[name], kind):
                 raise TypeError(f"{name} is {about[name]!r}")
-        networks = []
+        if about["space"] not in SPACES[1:]:
+            raise ValueError(f"space is {about['space']!r}")
+        networks, strides = [], plan_in(about).strides
         for k in range(int(about["networks"])):
-            network = ResidualUNet(len(about["classes"]), about["normalisation"])
+            network = ResidualUNet(len(about["classes"]), about["normalisation"], about["root"], strides)
             own = {name.split("/", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{k}/")}
             if not all(torch.isfinite(value).all() for value in own.values()):
                 raise ValueError("a weight is not finite")

@@ -15,9 +15,10 @@ from lib.runs import params
 from lib.runs.files import append_line, read_lines, replacing
 from lib.runs.versions import NUMERICS, STRONG, fingerprint
 from lib.scans.applying import apply
-from lib.scans.folder import is_others
+from lib.scans.folder import find_cases, is_others
 from lib.scans.intake import chosen_slices, digest, take_in
 from lib.scans.model_file import load_model, save_model
+from lib.scans.planning import plan_of
 from lib.scans.store import Store
 from lib.scans.training import train
 
@@ -68,16 +69,17 @@ def segment_folder(settings):
     with at_work(settings) as output:
         options = settings.folder
         model = load_model(options.model) if options.model else None
-        if model:
-            options |= {"size": model.about["size"], "axis": model.about["axis"]}
-        store = Store(output / "work" / "slices" / str(options.size), options.size)
-        intake = take_in(options, store)
+        found = find_cases(options.images, options.masks or None, options.pattern)
+        plan = model.plan if model else plan_of(options, found)
+        tqdm.write(f"{plan.title}; folder.space says otherwise")
+        store = Store(output / "work" / "scans")
+        intake = take_in(options, found, plan, store)
         for reason in intake.failures.values():  # now, not after hours of training
             tqdm.write(f"left out: {reason}")
         counts = len(intake.cases), len(intake.labelled), len(intake.failures)
         tqdm.write("{} cases, {} of them with masks; {} left out".format(*counts))
         if model is None:
-            model = trained(settings, store, intake, output)
+            model = trained(settings, plan, store, intake, output)
         table = summary(segment_cases(settings, model, store, intake, output), model.about["classes"], options.review)
         write_table(table, output / "cases.csv")
         return table
@@ -109,7 +111,7 @@ def segment_cases(settings, model, store, intake, output):
                         "before, and is kept: move it away to have it made",
                     }
                 else:
-                    grid = read_grid(case.image, settings.folder.axis)
+                    grid = read_grid(case.image, model.plan.axis)
                     row = apply(model, case.name, store.images(case.name), slices[case.name], grid, output, numerics)
                     row |= {"status": "done", "fingerprint": key, "digests": digests()}
                     append_line(row, log_file)
@@ -150,7 +152,7 @@ def summary(rows, classes, review):
     return table
 
 
-def trained(settings, store, intake, output):
+def trained(settings, plan, store, intake, output):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
     read = "seed", "scale", "device", "precision", "segmentation", "registration", "refinement", "pseudo_masks"
     relevant = {name: settings[name] for name in read}
@@ -159,8 +161,7 @@ def trained(settings, store, intake, output):
     }
     names = (
         "method",
-        "axis",
-        "size",
+        "drawn",
         "slices",
         "subject",
         "symmetric",
@@ -173,7 +174,9 @@ def trained(settings, store, intake, output):
     )
     options = {name: settings.folder[name] for name in names}
     prints = [store.index[case.name]["fingerprint"] for case in intake.cases]
-    key = fingerprint(relevant, options, prints, [case.name for case in intake.cases], NUMERICS, STRONG)
+    if plan.space == "volumes":
+        relevant["volumes"] = settings.volumes
+    key = fingerprint(relevant, options, list(plan), prints, [case.name for case in intake.cases], NUMERICS, STRONG)
     file = output / "model.safetensors"
     try:
         model = load_model(file)
@@ -181,7 +184,7 @@ def trained(settings, store, intake, output):
             return model
     except DataError:
         pass
-    model, held_out = train(settings, store, intake)
+    model, held_out = train(settings, plan, store, intake)
     write_table(held_out, output / "held_out.csv")
     model.about["key"] = key
     save_model(model, file)

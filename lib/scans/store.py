@@ -1,33 +1,27 @@
-"""Slices of any number of scans on disk, read through a memory map: what does not fit into memory need not."""
+"""Images of any number of scans on disk, read through a memory map: what does not fit into memory need not."""
 
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from lib import DataError
 from lib.runs.files import append, append_line, read_lines
 
 
 class Store:
-    """Slices of one size, those of a case together, each case once.
+    """Images of every case, its slices or the volume, each case once.
 
     A case is written first, then named in the index with its checksum. If a crash, another program or the disk has
     spoilt it, ``has`` is false, and it is to be added again. A case whose file has changed is appended anew.
 
     Args:
         folder: where the store lies; made if need be.
-        size: side of the slices.
     """
 
-    def __init__(self, folder, size):
+    def __init__(self, folder):
         self.folder = Path(folder)
-        self.size = size
         self.folder.mkdir(parents=True, exist_ok=True)
         self.index = read_lines(self.folder / "index.jsonl", "name")
-        for entry in self.index.values():
-            if entry.get("size") != size:
-                raise DataError(f"{self.folder} holds slices of {entry.get('size')} pixels, not {size}: delete it")
 
     def has(self, name, fingerprint):
         """Whether the case is there, made from what ``fingerprint`` stands for."""
@@ -35,30 +29,32 @@ class Store:
         if entry is None or entry.get("fingerprint") != fingerprint:
             return False
         try:
-            return entry["checksum"] == checksum(self.images(name), self.labels(name))
+            return entry["checksum"] == checksum(self.images(name), self.labels(name), self.drawn(name))
         except (OSError, ValueError, TypeError, KeyError):  # of a map of files that are cut short or gone
             return False
 
-    def add(self, name, fingerprint, slices, labels=None, **more):
+    def add(self, name, fingerprint, images, labels=None, drawn=None, **more):
         """Write a case.
 
         Args:
-            slices: ``(slices, size, size)`` in [0, 1], kept as float16.
+            images: ``(n, *space)`` in [0, 1], kept as float16.
             labels: the same shape, uint8, or None.
+            drawn: the same shape, boolean, which pixels of the labels were drawn, or None for all.
             more: what else the index shall say of it, as JSON has it.
 
         Raises:
             OSError: the disk is full or the folder cannot be written to.
         """
-        slices, labels = slices.astype(np.float16), None if labels is None else labels.astype(np.uint8)
+        whole = lambda array: None if array is None else array.astype(np.uint8)
+        images, labels, drawn = images.astype(np.float16), whole(labels), whole(drawn)
         entry = {
             "name": name,
             "fingerprint": fingerprint,
-            "size": self.size,
-            "count": len(slices),
-            "checksum": checksum(slices, labels),
-            "image": self._append("images.bin", slices),
+            "shape": images.shape,
+            "checksum": checksum(images, labels, drawn),
+            "image": self._append("images.bin", images),
             "labels": None if labels is None else self._append("labels.bin", labels),
+            "drawn": None if drawn is None else self._append("drawn.bin", drawn),
             **more,
         }
         append_line(entry, self.folder / "index.jsonl")
@@ -69,19 +65,27 @@ class Store:
         return append(np.ascontiguousarray(array).data, self.folder / name)
 
     def images(self, name):
-        """``(slices, size, size)`` of a case in [0, 1], as a read-only memory map of float16."""
+        """``(n, *space)`` of a case in [0, 1], as a read-only memory map of float16."""
         return self._map("images.bin", np.float16, name, "image")
 
     def labels(self, name):
-        """``(slices, size, size)`` uint8 of a case, or None where it has none."""
-        return None if self.index[name]["labels"] is None else self._map("labels.bin", np.uint8, name, "labels")
+        """``(n, *space)`` uint8 of a case, or None where it has none."""
+        return self._map("labels.bin", np.uint8, name, "labels")
+
+    def drawn(self, name):
+        """``(n, *space)`` 0 or 1 of a case, where its labels were drawn, or None where all are."""
+        return self._map("drawn.bin", np.uint8, name, "drawn")
 
     def _map(self, file, kind, name, key):
         entry = self.index[name]
-        shape = (entry["count"], self.size, self.size)
-        return np.memmap(self.folder / file, kind, "r", entry[key], shape)
+        if entry[key] is None:
+            return None
+        return np.memmap(self.folder / file, kind, "r", entry[key], tuple(entry["shape"]))
 
 
-def checksum(slices, labels):
-    """CRC-32 of a case; ``labels`` may be None."""
-    return zlib.crc32(b"" if labels is None else np.ascontiguousarray(labels), zlib.crc32(np.ascontiguousarray(slices)))
+def checksum(*arrays):
+    """CRC-32 of a case; any array may be None."""
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(b"" if array is None else np.ascontiguousarray(array), value)
+    return value

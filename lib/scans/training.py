@@ -17,10 +17,12 @@ from lib.methods.experiment import Experiment
 from lib.methods.peers import bcp, elastic, one_stage
 from lib.methods.pretraining import pretrain_registration
 from lib.metrics import dice
+from lib.models import ROOT
 from lib.results.evaluation import score
 from lib.runs.params import Section, cohort_file, section
 from lib.runs.versions import fingerprint
 from lib.scans.applying import confidence_of, segment, soft_masks
+from lib.scans.drawing import drawn_part
 from lib.scans.folder import read_case
 from lib.scans.intake import build, chosen_slices, class_names, folds_of, subjects_of
 from lib.scans.memory import with_less_memory
@@ -31,12 +33,13 @@ METHODS = {"fs+elastic": elastic, "bcp": bcp, "joint+": one_stage}  # that folde
 SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
-def train(settings, store, intake):
+def train(settings, plan, store, intake):
     """A network for a folder, by ``folder.method``.
 
     Args:
         settings: as params.load gives them, of recipe ``strong`` and cohort ``folder``.
-        store: store.Store of the cases' slices.
+        plan: planning.Plan.
+        store: store.Store of the cases' images.
         intake: intake.Intake.
 
     Returns:
@@ -59,8 +62,11 @@ def train(settings, store, intake):
     about = {
         "classes": class_names(intake.values),
         "values": intake.values,
-        "size": options.size,
-        "axis": options.axis,
+        "space": plan.space,
+        "axis": plan.axis,
+        "spacing": list(plan.spacing),
+        "canvas": list(plan.canvas),
+        "root": settings.volumes.root if plan.space == "volumes" else ROOT,
         "normalisation": settings.segmentation.normalisation,
         "pseudo_masks": settings.pseudo_masks,
         "symmetric": options.symmetric,
@@ -71,7 +77,7 @@ def train(settings, store, intake):
     held_out, quick = folds_of(subjects, settings.seed)
     network, held, pairs, keys = None, [], [], []
     for number, names in enumerate((held_out, *quick)):
-        train_one = lambda divisor: train_fold(settings, store, intake, number, names, number > 0, divisor)
+        train_one = lambda divisor: train_fold(settings, plan, store, intake, number, names, number > 0, divisor)
         trained, numerics, key = with_less_memory(train_one, "training")
         network = network or trained.eval()
         keys.append(key)
@@ -94,12 +100,12 @@ def measure(model, case, store, positions, settings, numerics):
     with_memory = lambda work, *more: with_less_memory(
         lambda divisor: work(model, case, store, positions, *more, numerics.sharing(1 / divisor)), case.name
     )
-    scores, confidence = with_memory(score_case)
+    scores, confidence = with_memory(score_case, settings.folder)
     own = [confidence, float(scores["dsc"].mean())]
     return scores.assign(case=case.name), [own, *with_memory(degraded_pairs, settings)]
 
 
-def train_fold(settings, store, intake, number, held_out, quick, divisor=1):
+def train_fold(settings, plan, store, intake, number, held_out, quick, divisor=1):
     """A network, with the device it is on and the fingerprint of what it was trained on.
 
     Args:
@@ -107,8 +113,8 @@ def train_fold(settings, store, intake, number, held_out, quick, divisor=1):
         quick: by the labelled images alone, for a part of the steps.
         divisor: of the batches, if memory does not suffice.
     """
-    own = fold_settings(settings, number, quick, divisor)
-    build(own, store, intake, held_out).save(cohort_file(own))
+    own = fold_settings(settings, plan, number, quick, divisor)
+    build(own, plan, store, intake, held_out).save(cohort_file(own))
     experiment = Experiment(own)
     experiment.numerics.share = 1 / divisor
     method = METHODS[settings.folder.method] if len(experiment.data.unlabelled) and not quick else elastic
@@ -118,12 +124,14 @@ def train_fold(settings, store, intake, number, held_out, quick, divisor=1):
     return network, experiment.numerics, experiment.origin
 
 
-def fold_settings(settings, number, quick=False, divisor=1):
+def fold_settings(settings, plan, number, quick=False, divisor=1):
     """Settings of a network; see ``train_fold``."""
     own = section(json.loads(json.dumps(settings)))
     own["cohort"] = f"folder/fold_{number}"
     own.registration["batch"] = max(1, own.registration.batch // divisor)
     training = own.strong.training
+    if plan.space == "volumes":
+        training.update(own.volumes.training)
     training["batch"] = max(SMALLEST_BATCH, training.batch // divisor)
     if quick:
         training["steps"] = max(1, round(own.folder.quick * training.steps))
@@ -131,20 +139,28 @@ def fold_settings(settings, number, quick=False, divisor=1):
     return own
 
 
-def score_case(model, case, store, positions, numerics):
+def score_case(model, case, store, positions, settings, numerics):
     """DSC, HD and HD95 in mm of a case with a mask, on the slices ``positions``, and the mask's mean confidence.
 
-    A single slice is scored as an image: in a volume one slice thick every voxel would lie on the surface.
+    A single slice is scored as an image: in a volume one slice thick every voxel would lie on the surface. Where masks
+    are drawn in part, DSC is that of the part, and there is no distance.
     """
     _, truth, grid = read_case(case, model.about["axis"])
+    truth, drawn, _ = drawn_part(truth, settings.drawn, model.about["axis"])
     labels, _, confidence = segment(model, store.images(case.name), positions, grid, numerics)
+    planes = model.plan.planes(positions, grid)
+    if drawn is not None:
+        labels = np.where(drawn, labels, 0)
     masks = [
-        torch.stack([torch.as_tensor(found[positions] == value) for value in model.about["values"]])[None].float()
+        torch.stack([torch.as_tensor(found[planes] == value) for value in model.about["values"]])[None].float()
         for found in (labels, truth)
     ]
-    flat = len(positions) == 1
+    flat = len(planes) == 1
     masks = [part.squeeze(2) for part in masks] if flat else masks
-    return score(*masks, model.about["classes"], grid.spacing[1:] if flat else grid.spacing), confidence
+    scores = score(*masks, model.about["classes"], grid.spacing[1:] if flat else grid.spacing)
+    if drawn is not None:  # surfaces between what is drawn and what is not are no surfaces
+        scores[["hd", "hd95"]] = np.nan
+    return scores, confidence
 
 
 @torch.no_grad()
@@ -157,13 +173,19 @@ def degraded_pairs(model, case, store, positions, settings, numerics):
     options, augmentation, pairs = settings.folder, settings.strong.augmentation, []
     images = numerics.tensor(np.asarray(store.images(case.name)[positions], np.float32)[:, None])
     labels = np.asarray(store.labels(case.name)[positions])
-    masks = numerics.tensor(np.stack([labels == value for value in model.about["values"]], axis=1))
+    drawn = store.drawn(case.name)
+    parts = [labels == value for value in model.about["values"]]
+    masks = numerics.tensor(np.stack(parts if drawn is None else [*parts, drawn[positions]], axis=1))
     generator = numerics.generator(settings.seed, "degraded", case.name)
     for strength in np.linspace(0, options.degradation, options.degraded_views + 1)[1:]:
         stronger = Section({**augmentation, **{name: strength * augmentation[name] for name in DEGRADED}})
-        seen, truth = place(images, masks, generator, stronger, options.symmetric, bend=False)
-        seen = light(seen, generator, stronger)
+        seen, truth = place(
+            images, masks, generator, stronger, options.symmetric, bend=False, spacing=model.plan.spacing
+        )
+        seen, counts = light(seen, generator, stronger), 1
+        if drawn is not None:
+            truth, counts = truth[:, :-1], truth[:, -1:]
         soft = torch.cat(list(soft_masks(model, seen[:, 0], numerics)))
-        pair = [part.movedim(0, 1)[None] for part in (soft, truth)]
+        pair = [(part * counts).movedim(0, 1)[None] for part in (soft, truth)]
         pairs.append([confidence_of(soft), float(dice(*pair).mean())])
     return pairs

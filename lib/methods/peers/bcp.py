@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     """What the network sees in a step."""
 
     images: torch.Tensor  # (batch, 1, *space)
-    target: torch.Tensor  # (batch, classes, *space), of 0 and 1
+    target: torch.Tensor  # (batch, classes, *space), of 0 and 1; one channel more where masks are drawn in part
     weight: torch.Tensor  # (batch, 1, *space) how much a pixel counts
 
 
@@ -86,6 +86,7 @@ def make_batch(supply, generator, step):
     guessed = (lesson.teacher(free) > 0.5).float()
     if options.one_piece:
         guessed = largest_components(guessed)
+    guessed = lesson.guessed(guessed)
     inside = box(half, space, options.share, generator)
     true = torch.cat((inside, 1 - inside))  # where the mask was drawn by hand
     return Batch(

@@ -34,11 +34,16 @@ class Lesson:
         if experiment.settings.selection == "training":
             known = torch.cat((known, self.data.validation))
         self.labelled, self.masks = self.data.images[known], self.data.masks[known]
+        self.partly = self.data.drawn is not None  # masks then have a last channel that says where they are drawn
+        if self.partly:
+            drawn = self.data.drawn[known]  # masks are moved as products with it: between two slices the drawn one counts
+            self.masks = torch.cat((self.masks * drawn, drawn), 1)
         self.unlabelled = self.data.images[self.data.unlabelled]
 
     def move(self, images, masks, generator, bend=True):
         """Images and masks, moved alike: see augment.place."""
-        return place(images, masks, generator, self.options.augmentation, self.data.symmetric, bend)
+        spacing = self.experiment.cohort.spacing
+        return place(images, masks, generator, self.options.augmentation, self.data.symmetric, bend, spacing)
 
     def light(self, images, generator):
         """Images with other intensities: see augment.light."""
@@ -66,8 +71,16 @@ class Lesson:
         with self.numerics.autocast():
             return self.networks.teacher.segment(images)
 
+    def guessed(self, masks):
+        """Masks by a network, as those that were drawn: everywhere."""
+        return torch.cat((masks, torch.ones_like(masks[:, :1])), 1) if self.partly else masks
+
     def loss(self, logits, target, weight=None):
-        """losses.segmentation_loss, pooled where images are slices of volumes."""
+        """losses.segmentation_loss, pooled where images are slices of volumes; what is not drawn does not count."""
+        if self.partly:
+            target, drawn = target[:, :-1], target[:, -1:]
+            target = (target / drawn.clamp_min(1e-3)).clamp(0, 1)
+            weight = drawn if weight is None else weight * drawn
         return segmentation_loss(logits, target, self.experiment.pooled, weight)
 
 

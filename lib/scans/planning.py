@@ -1,0 +1,168 @@
+"""What the networks see of a folder of scans: slices or whole volumes, at which spacing, on a canvas of which size.
+
+All of it follows from the scans, as nnU-Net does it (Isensee et al., Nature Methods 2021): the median spacing of the
+labelled ones, and a canvas that holds the others too. No scan is squashed: its proportions stay as they are.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lib import DataError
+from lib.cohorts.reading import on_canvas, read_grid
+from lib.models import LEVELS, strides_of
+
+STEP = 2 ** (LEVELS - 1)  # sides of a canvas of slices are multiples of it
+SHALLOW = 12  # slices; a volume of fewer is better taken slice by slice
+LONG = 3.0  # times the pixels' side; where slices lie further apart they have little to say of one another (nnU-Net's)
+COARSER = 1.25  # times the median spacing: volumes that would have to be made coarser than this are taken by slices
+ENOUGH = 0.3  # of a pixel; a drawn slice may lie between two of the plan's
+HELD = 95  # per cent of the scans that the canvas holds whole; of larger ones the middle trains, and all is segmented
+
+
+class Plan(NamedTuple):
+    """See above. Slices along ``axis`` come first in every array, also in volumes."""
+
+    space: str  # slices or volumes
+    axis: int  # of the canonical array
+    spacing: tuple  # mm between the pixels of (rows, columns), or the voxels of (slices, rows, columns)
+    canvas: tuple  # sides in pixels or voxels
+
+    @property
+    def strides(self):
+        """Of the networks, see models.strides_of."""
+        return strides_of(self.spacing, self.canvas) if self.space == "volumes" else strides_of((1, 1))
+
+    def sides(self, grid):
+        """Sides of a scan's images at the plan's spacing, tuple of 2 or 3."""
+        own = list(zip(grid.slices, grid.spacing))[-len(self.spacing) :]
+        return tuple(max(1, round(side * mm / to)) for (side, mm), to in zip(own, self.spacing))
+
+    def images(self, stack, grid):
+        """A scan ``(slices, rows, columns)`` as images ``(n, *space)`` float32: at the plan's spacing, on its canvas."""
+        sides = self.sides(grid)
+        whole = stack[None] if self.space == "volumes" else stack
+        return placed(resized(whole, sides), [max(pair) for pair in zip(sides, self.canvas)])
+
+    def labels(self, stack, grid, drawn=None):
+        """Labels as ``images``, uint8: every pixel gets the label with the largest share of it, of what is drawn."""
+        largest = self.images((stack == 0) if drawn is None else (stack == 0) & drawn, grid)
+        found = np.zeros(largest.shape, np.uint8)
+        for value in np.unique(stack[stack > 0]):
+            share = self.images(stack == value, grid)
+            found[share > largest] = value
+            np.maximum(largest, share, out=largest)
+        return found
+
+    def drawn(self, stack, grid):
+        """Which pixels of ``images`` were drawn at all, for boolean ``stack``; None for None, where all are."""
+        return None if stack is None else self.images(stack, grid) > ENOUGH
+
+    def restored(self, masks, grid):
+        """Masks ``(n, classes, *space)`` of ``images``, as tensor ``(slices, classes, rows, columns)`` of the scan."""
+        sides = self.sides(grid)
+        middle = tuple(slice((room - side) // 2, (room - side) // 2 + side) for room, side in zip(masks.shape[2:], sides))
+        masks = masks[(..., *middle)]
+        if self.space == "volumes":
+            fine = F.interpolate(masks, size=grid.slices, mode="trilinear", align_corners=False)
+            return fine[0].movedim(1, 0)
+        return F.interpolate(masks, size=grid.slices[1:], mode="bilinear", align_corners=False)
+
+    def planes(self, positions, grid):
+        """Which slices of a scan its images ``positions`` show: themselves, or all where the image is the volume."""
+        return np.arange(grid.slices[0]) if self.space == "volumes" else positions
+
+    @property
+    def title(self):
+        """The plan in words."""
+        what, of = ("whole volumes", "voxels") if self.space == "volumes" else ("slices", "pixels")
+        mm = " x ".join(f"{side:.3g}" for side in self.spacing)
+        return f"{what} of {' x '.join(map(str, self.canvas))} {of} of {mm} mm"
+
+
+def resized(images, sides):
+    """Images or volumes ``(n, *space)`` at other sides, float32; averaged where they become smaller."""
+    images = torch.as_tensor(np.ascontiguousarray(images), dtype=torch.float32)
+    for axis, side in enumerate(sides, start=1):
+        if images.shape[axis] != side:
+            lines = images.movedim(axis, -1)
+            flat = lines.reshape(1, 1, -1, lines.shape[-1])
+            fine = F.interpolate(flat, size=(flat.shape[2], side), mode="bilinear", align_corners=False, antialias=True)
+            images = fine.reshape(*lines.shape[:-1], side).movedim(-1, axis)
+    return images.numpy()
+
+
+def placed(images, sides):
+    """Images ``(n, *space)`` in the middle of a canvas of zeros; of larger ones the middle."""
+    return on_canvas(images, (len(images), *sides))
+
+
+def plan_of(settings, cases):
+    """The Plan for a folder of scans.
+
+    Args:
+        settings: section ``folder`` of params.yaml.
+        cases: list of folder.Case.
+
+    Returns:
+        Plan.
+
+    Raises:
+        DataError: no case can be read, or volumes are asked for and there are none.
+    """
+    grids = []
+    for case in cases:
+        try:
+            grids.append((read_grid(case.image, settings.axis), case.mask is not None))
+        except DataError:  # is reported when its voxels are read
+            continue
+    if not grids:
+        raise DataError(f"no image in {settings.images} can be read: export them again as NIfTI")
+    axis = majority([grid.axis for grid, _ in grids])
+    labelled = [grid for grid, drawn in grids if drawn] or [grid for grid, _ in grids]
+    spacing = np.median([grid.spacing for grid in labelled], axis=0)
+    extents = np.array([np.multiply(grid.slices, grid.spacing) for grid, _ in grids])
+    held = np.percentile(extents, HELD, axis=0, method="higher")  # mm
+    volumes = plan_volumes(spacing, held, axis, settings.voxels)
+    if settings.space == "volumes" and all(grid.slices[0] == 1 for grid, _ in grids):
+        raise DataError(f"{settings.images} holds single slices: set folder.space to slices or auto")
+    if settings.space == "volumes" or settings.space == "auto" and worth(volumes, spacing, labelled, settings):
+        return volumes
+    return plan_slices(spacing, held, axis, settings.size)
+
+
+def majority(values):
+    """The most frequent value; of equally frequent ones the smallest."""
+    values, counts = np.unique(values, return_counts=True)
+    return int(values[counts.argmax()])
+
+
+def worth(volumes, spacing, labelled, settings):
+    """Whether whole volumes are to be preferred: deep, slices close to one another, and small enough to be seen whole."""
+    deep = np.median([grid.slices[0] for grid in labelled]) >= SHALLOW
+    close = max(spacing) <= LONG * min(spacing)
+    fine = max(now / before for now, before in zip(volumes.spacing, spacing)) <= COARSER
+    return settings.slices == "all" and deep and close and fine
+
+
+def plan_slices(spacing, held, axis, longest):
+    """Square pixels of the smaller of both spacings, or larger ones where the canvas would have a longer side."""
+    pixel = max(min(spacing[1:]), max(held[1:]) / longest)
+    canvas = tuple(STEP * math.ceil(round(side / pixel) / STEP) for side in held[1:])
+    return Plan("slices", axis, (float(pixel),) * 2, canvas)
+
+
+def plan_volumes(spacing, held, axis, most):
+    """Voxels of the median spacing, or larger ones where the canvas would hold more than ``most`` of them."""
+    factor = 1.0
+    while True:
+        voxel = tuple(float(factor * side) for side in spacing)
+        sides = [max(1, round(side / mm)) for side, mm in zip(held, voxel)]
+        steps = [math.prod(along) for along in zip(*strides_of(voxel, sides))]
+        canvas = tuple(step * math.ceil(side / step) for side, step in zip(sides, steps))
+        if math.prod(canvas) <= most:
+            return Plan("volumes", axis, voxel, canvas)
+        factor *= 1.02

@@ -1,0 +1,98 @@
+"""What networks see of a folder: slices or volumes, their spacing and canvas; there and back again."""
+
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_own import settings_for
+
+from lib import DataError
+from lib.scans.folder import find_cases
+from lib.scans.planning import Plan, plan_of
+
+
+def folder_of(folder, scans, drawn=1):
+    """Made-up scans, each (shape, mm), the first ones with masks."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for k, (shape, mm) in enumerate(scans):
+        image = np.random.default_rng(k).random(shape).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, np.diag([*mm, 1.0])), folder / "images" / f"case_{k}.nii.gz")
+        if k < drawn:
+            nib.save(nib.Nifti1Image(np.ones(shape, np.uint8), np.diag([*mm, 1.0])), folder / "masks" / f"case_{k}.nii.gz")
+    return folder
+
+
+def plan_for(folder, scans, monkeypatch, drawn=1, **changes):
+    options = settings_for(folder_of(folder, scans, drawn), monkeypatch, size=128, **changes).folder
+    return plan_of(options, find_cases(options.images, options.masks))
+
+
+@pytest.mark.parametrize(
+    ("shape", "mm", "space", "why"),
+    [
+        ((35, 50, 36), (1, 1, 1), "volumes", "small, and slices as close as pixels"),
+        ((64, 64, 16), (1, 1, 2), "volumes", "slices twice as far apart"),
+        ((64, 64, 16), (1, 1, 4), "slices", "slices too far apart"),
+        ((64, 64, 9), (1, 1, 1), "slices", "too few slices"),
+        ((160, 160, 100), (1, 1, 1), "slices", "too large to be seen whole"),
+    ],
+)
+def test_volumes_are_taken_whole_where_they_are_deep_close_and_small(tmp_path, monkeypatch, shape, mm, space, why):
+    assert plan_for(tmp_path, [(shape, mm)] * 2, monkeypatch).space == space, why
+
+
+def test_spacing_is_the_median_of_what_is_labelled_and_the_canvas_holds_the_others(tmp_path, monkeypatch):
+    scans = [((30, 40, 32), (1, 1, 1)), ((30, 40, 32), (1, 1, 1)), ((22, 30, 24), (2, 2, 2))]
+    plan = plan_for(tmp_path, scans, monkeypatch, drawn=2)
+    assert plan.space == "volumes" and plan.spacing == (1, 1, 1)
+    assert all(room >= side for room, side in zip(plan.canvas, (48, 60, 44)))  # slices, rows, columns of the last
+    assert plan.canvas == (48, 64, 48) and plan.title == "whole volumes of 48 x 64 x 48 voxels of 1 x 1 x 1 mm"
+
+
+def test_slices_keep_their_proportions_and_large_ones_become_coarser(tmp_path, monkeypatch):
+    plan = plan_for(tmp_path, [((256, 100, 3), (1, 1, 5))], monkeypatch)
+    assert plan == Plan("slices", 2, (2.0, 2.0), (64, 128))  # rows are 100 mm, columns 256
+
+
+def test_volumes_that_are_asked_for_become_coarser_until_they_fit(tmp_path, monkeypatch):
+    plan = plan_for(tmp_path, [((128, 128, 32), (1, 1, 4))], monkeypatch, space="volumes")
+    assert np.prod(plan.canvas) <= 150_000 and plan.spacing[0] == pytest.approx(4 * plan.spacing[1])
+    assert plan.strides[0] == (1, 2, 2)  # slices lie far apart: their axis waits
+    with pytest.raises(DataError, match="holds single slices: set folder.space"):
+        plan_for(tmp_path / "flat", [((64, 64, 1), (1, 1, 1))], monkeypatch, space="volumes")
+
+
+sides = st.integers(1, 40)
+spacings = st.floats(0.4, 4)
+
+
+@given(
+    st.tuples(sides, sides, sides), st.tuples(spacings, spacings, spacings), st.sampled_from(["slices", "volumes"])
+)
+def test_what_goes_onto_the_canvas_comes_back_to_its_place(shape, mm, space):
+    """A smooth image is, within its canvas, the same after going there and back; nothing is turned or moved."""
+    axes = 2 if space == "slices" else 3
+    plan = Plan(space, 2, (1.0,) * axes, (16,) * axes)
+    grid = SimpleNamespace(slices=shape, spacing=mm)
+    places = np.meshgrid(*(np.linspace(0, 1, side) for side in shape), indexing="ij")
+    stack = np.float32(sum((k + 1) * place for k, place in enumerate(places)) / 6)
+    images = plan.images(stack, grid)
+    assert images.shape[1:] == tuple(max(16, side) for side in plan.sides(grid))
+    back = plan.restored(torch.as_tensor(images)[:, None], grid)[:, 0].numpy()
+    assert back.shape == shape
+    coarse = max(max(1, to / side) for side, to in zip(mm[-axes:], plan.spacing)) / min(shape[-axes:])
+    assert np.abs(back - stack).max() <= 0.05 + 1.5 * coarse
+
+
+def test_labels_follow_their_image_and_nothing_lies_beside_the_scan():
+    """A label that fills the scan fills it on the canvas, and no more; every value stays itself."""
+    stack = np.full((4, 10, 6), 7, np.uint8)
+    stack[:, 5:] = 3
+    grid = SimpleNamespace(slices=stack.shape, spacing=(1.0, 1.0, 1.0))
+    labels = Plan("slices", 2, (1.0, 1.0), (16, 16)).labels(stack, grid)
+    assert (labels[:, 3:8, 5:11] == 7).all() and (labels[:, 8:13, 5:11] == 3).all() and (labels > 0).sum() == stack.size
