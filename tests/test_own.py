@@ -284,7 +284,11 @@ def test_labels_shrink_as_images_do_and_what_is_lost_is_said(tmp_path, monkeypat
     affine = np.diag([-2.0, 1.0, 4.0, 1.0])
     nib.save(nib.Nifti1Image(mask, affine), folder / "masks" / "case 0.nii.gz")
     intake = taken_in(settings_for(folder, monkeypatch, size=8), Store(tmp_path / "scans"))
-    assert intake.values == [2, 7, 9] and "label 9 is too small for slices of 16 x 16 pixels of 10 x 10 mm: raise folder.size" in intake.notes["case 0"]
+    assert (
+        intake.values == [2, 7, 9]
+        and "label 9 is too small for slices of 16 x 16 pixels of 10 x 10 mm: raise folder.size"
+        in intake.notes["case 0"]
+    )
 
 
 def test_few_files_are_open_however_many_slices_train(tmp_path, monkeypatch):

@@ -23,7 +23,9 @@ def folder_of(folder, scans, drawn=1):
         image = np.random.default_rng(k).random(shape).astype(np.float32)
         nib.save(nib.Nifti1Image(image, np.diag([*mm, 1.0])), folder / "images" / f"case_{k}.nii.gz")
         if k < drawn:
-            nib.save(nib.Nifti1Image(np.ones(shape, np.uint8), np.diag([*mm, 1.0])), folder / "masks" / f"case_{k}.nii.gz")
+            nib.save(
+                nib.Nifti1Image(np.ones(shape, np.uint8), np.diag([*mm, 1.0])), folder / "masks" / f"case_{k}.nii.gz"
+            )
     return folder
 
 
@@ -71,9 +73,7 @@ sides = st.integers(1, 40)
 spacings = st.floats(0.4, 4)
 
 
-@given(
-    st.tuples(sides, sides, sides), st.tuples(spacings, spacings, spacings), st.sampled_from(["slices", "volumes"])
-)
+@given(st.tuples(sides, sides, sides), st.tuples(spacings, spacings, spacings), st.sampled_from(["slices", "volumes"]))
 def test_what_goes_onto_the_canvas_comes_back_to_its_place(shape, mm, space):
     """A smooth image is, within its canvas, the same after going there and back; nothing is turned or moved."""
     axes = 2 if space == "slices" else 3

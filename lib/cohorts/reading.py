@@ -1,4 +1,4 @@
-"""Reading images: NIfTI files with every check on what comes in, and what is done to intensities and canvases."""
+"""Reading images: NIfTI and DICOM with every check on what comes in, and what is done to intensities and canvases."""
 
 import gzip
 import re
@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from lib import DataError
+from lib.cohorts.dicom import load_series
 from lib.runs.params import ROOT
 
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # nibabel's way to say right, anterior, superior
@@ -94,7 +95,7 @@ def open_scan(file, axis):
     try:
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty: export or download it again")
-        stored = nib.load(file)
+        stored = load_series(file) if file.is_dir() else nib.load(file)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -130,7 +131,7 @@ def read_volume(file, axis=2):
     """An image or a mask in canonical (RAS) orientation.
 
     Args:
-        file: NIfTI, 2D or 3D.
+        file: NIfTI, 2D or 3D, or a folder that holds a DICOM series.
         axis: along which slices are taken. In an image that is one slice thick they are taken along the thin axis.
 
     Returns:
@@ -143,15 +144,17 @@ def read_volume(file, axis=2):
     file = Path(file)
     stored, grid = open_scan(file, axis)
     declared = int(np.prod(grid.shape, dtype=object)) * stored.get_data_dtype().itemsize
-    if declared > GZIP * file.stat().st_size:
+    if file.is_file() and declared > GZIP * file.stat().st_size:
         raise DataError(f"{file} declares {declared / 1e9:.1f} GB but has {file.stat().st_size} bytes: export it again")
     try:
-        check_size(file, declared + stored.dataobj.offset)
+        if file.is_file():
+            check_size(file, declared + stored.dataobj.offset)
         values = np.asarray(stored.dataobj, dtype=np.float32)
     except MemoryError:
         raise
     except Exception as error:  # nibabel lets whatever gzip, numpy and its own parsers raise through
-        raise DataError(f"{file} cannot be read as NIfTI ({error}): export or download it again") from error
+        kind = "NIfTI" if file.is_file() else "DICOM"
+        raise DataError(f"{file} cannot be read as {kind} ({error}): export or download it again") from error
     return nib.apply_orientation(values.reshape((*grid.shape, 1, 1)[:3]), grid.orientation), grid
 
 

@@ -1,4 +1,4 @@
-"""A user's own folder of NIfTI images, with masks for some; and results written back onto the grids they came from."""
+"""A user's own folder of NIfTI images or DICOM series, with masks for some; and results written back onto the grids they came from."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 
 from lib import DataError
+from lib.cohorts.dicom import is_series
 from lib.cohorts.reading import mark_of, read_pair, read_scan, upright_slices
 from lib.runs.files import replacing
 
@@ -28,8 +29,12 @@ def name_of(file):
     return next((file.name[: -len(ending)] for ending in ENDINGS if file.name.lower().endswith(ending)), None)
 
 
-def nifti_files(folder, what):
+def nifti_files(folder, what, series=False):
     """NIfTI files of a folder by name, sorted.
+
+    Args:
+        what: they are, in words.
+        series: whether folders in it that hold DICOM files count as well.
 
     Raises:
         DataError: no such folder, unreadable, a name that is there twice, or a link that leads out of the folder.
@@ -38,7 +43,7 @@ def nifti_files(folder, what):
     try:
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder: give the one that holds the {what}")
-        files = sorted(file for file in folder.iterdir() if name_of(file))
+        files = sorted(file for file in folder.iterdir() if name_of(file) or series and is_series(file))
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
     found = {}
@@ -49,9 +54,10 @@ def nifti_files(folder, what):
             raise DataError(f"{file} is a link that leads nowhere ({error}): copy the file there instead") from error
         if not target.is_relative_to(folder.resolve()):
             raise DataError(f"{file} is a link out of its folder, to {target}: copy the file there instead")
-        if name_of(file) in found:
-            raise DataError(f"{found[name_of(file)]} and {file} have the same name: remove or rename one")
-        found[name_of(file)] = file
+        name = name_of(file) or file.name
+        if name in found:
+            raise DataError(f"{found[name]} and {file} have the same name: remove or rename one")
+        found[name] = file
     return found
 
 
@@ -59,7 +65,7 @@ def find_cases(images, masks=None, pattern="{case}"):
     """All images of a folder, each with its mask where there is one, sorted by name.
 
     Args:
-        images: folder of the images.
+        images: folder of the images: NIfTI files, and folders of one DICOM series each.
         masks: folder of the masks, which may be the same one; None for no masks.
         pattern: name of a mask without its ending, where ``{case}`` stands for the image's.
 
@@ -68,7 +74,7 @@ def find_cases(images, masks=None, pattern="{case}"):
     """
     if "{case}" not in pattern:
         raise DataError(f"the pattern '{pattern}' of the masks' names does not hold {{case}}: write e.g. {{case}}_mask")
-    found = nifti_files(images, "images")
+    found = nifti_files(images, "images", series=True)
     by_name = nifti_files(masks, "masks") if masks else {}
     same = masks and Path(masks).resolve() == Path(images).resolve()
     if same:
@@ -77,8 +83,12 @@ def find_cases(images, masks=None, pattern="{case}"):
         names = {pattern.replace("{case}", name) for name in found}
         found = {name: file for name, file in found.items() if name not in names}
         by_name = {name: file for name, file in by_name.items() if name in names}
+    if not found and is_series(Path(images)):
+        raise DataError(f"{images} is a DICOM series itself: give the folder that holds it, with a folder per series")
     if not found:
-        raise DataError(f"{images} holds no .nii or .nii.gz file: give the folder that holds the images")
+        raise DataError(
+            f"{images} holds no .nii or .nii.gz file and no folder of DICOM files: give the folder that holds the images"
+        )
     cases = [Case(name, file, by_name.pop(pattern.replace("{case}", name), None)) for name, file in found.items()]
     if by_name:
         raise DataError(

@@ -34,12 +34,14 @@ class Intake(NamedTuple):
 
 
 def digest(file):
-    """sha256 of a file's bytes.
+    """sha256 of a file's bytes, or a fingerprint of all files of a DICOM series.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
+        if file.is_dir():  # a DICOM series
+            return fingerprint([digest(part) for part in sorted(file.iterdir()) if part.is_file()])
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
@@ -81,7 +83,9 @@ def take_in(settings, found, plan, store):
             if not store.has(case.name, key):
                 image, labels, grid = read_case(case, plan.axis, allowed)
                 if plan.space == "volumes" and grid.slices[0] == 1:
-                    raise DataError(f"{case.image} is a single slice among volumes: leave it out, or set folder.space=slices")
+                    raise DataError(
+                        f"{case.image} is a single slice among volumes: leave it out, or set folder.space=slices"
+                    )
                 masks, more = (None, None), {"values": [], "taken": ""}
                 if labels is not None:
                     labels, drawn, taken = drawn_part(labels, settings.drawn, plan.axis)

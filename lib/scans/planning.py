@@ -64,7 +64,9 @@ class Plan(NamedTuple):
     def restored(self, masks, grid):
         """Masks ``(n, classes, *space)`` of ``images``, as tensor ``(slices, classes, rows, columns)`` of the scan."""
         sides = self.sides(grid)
-        middle = tuple(slice((room - side) // 2, (room - side) // 2 + side) for room, side in zip(masks.shape[2:], sides))
+        middle = tuple(
+            slice((room - side) // 2, (room - side) // 2 + side) for room, side in zip(masks.shape[2:], sides)
+        )
         masks = masks[(..., *middle)]
         if self.space == "volumes":
             fine = F.interpolate(masks, size=grid.slices, mode="trilinear", align_corners=False)

@@ -15,6 +15,7 @@ from lib.runs import params
 from lib.runs.files import append_line, read_lines, replacing
 from lib.runs.versions import NUMERICS, STRONG, fingerprint
 from lib.scans.applying import apply
+from lib.scans.dicom_seg import write_dicom_seg
 from lib.scans.folder import find_cases, is_others
 from lib.scans.intake import chosen_slices, digest, take_in
 from lib.scans.model_file import load_model, save_model
@@ -98,7 +99,13 @@ def segment_cases(settings, model, store, intake, output):
         old = "; its files in the output folder are of an earlier run" if any(map(Path.exists, files_of(name))) else ""
         rows.append({"case": name, "status": "failed", "note": note + old})
     for case in tqdm(intake.cases, desc="segmenting", unit="case"):
-        key = fingerprint(model.key, store.index[case.name]["fingerprint"], slices[case.name].tolist(), str(case.image))
+        key = fingerprint(
+            model.key,
+            store.index[case.name]["fingerprint"],
+            slices[case.name].tolist(),
+            str(case.image),
+            settings.folder.dicom_seg,
+        )
         files, row = files_of(case.name), log.get(case.name, {})
         digests = lambda: [digest(file) if file.exists() else "" for file in files]
         if row.get("fingerprint") != key or row.get("digests") != digests():
@@ -113,6 +120,9 @@ def segment_cases(settings, model, store, intake, output):
                 else:
                     grid = read_grid(case.image, model.plan.axis)
                     row = apply(model, case.name, store.images(case.name), slices[case.name], grid, output, numerics)
+                    if settings.folder.dicom_seg and case.image.is_dir():
+                        names = model.about["values"], model.about["classes"]
+                        write_dicom_seg(files[0], case.image, *names, output / f"{case.name}_mask.dcm")
                     row |= {"status": "done", "fingerprint": key, "digests": digests()}
                     append_line(row, log_file)
             except DataError as error:

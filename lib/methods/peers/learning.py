@@ -36,7 +36,9 @@ class Lesson:
         self.labelled, self.masks = self.data.images[known], self.data.masks[known]
         self.partly = self.data.drawn is not None  # masks then have a last channel that says where they are drawn
         if self.partly:
-            drawn = self.data.drawn[known]  # masks are moved as products with it: between two slices the drawn one counts
+            drawn = self.data.drawn[
+                known
+            ]  # masks are moved as products with it: between two slices the drawn one counts
             self.masks = torch.cat((self.masks * drawn, drawn), 1)
         self.unlabelled = self.data.images[self.data.unlabelled]
 
