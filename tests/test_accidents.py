@@ -75,10 +75,10 @@ def start(folder, log):
 
 STAGES = [
     (signal.SIGTERM, lambda text, out: "reading:" in text),
-    (signal.SIGINT, lambda text, out: "\nregistration:" in text),
-    (signal.SIGKILL, lambda text, out: "\npairs:" in text),
-    (signal.SIGTERM, lambda text, out: "\njoint+:" in text),
-    (signal.SIGKILL, lambda text, out: "\nelastic:" in text),
+    (signal.SIGINT, lambda text, out: "registration:" in text),
+    (signal.SIGKILL, lambda text, out: "pairs:" in text),
+    (signal.SIGTERM, lambda text, out: "joint+:" in text),
+    (signal.SIGKILL, lambda text, out: "elastic:" in text),
     (signal.SIGKILL, lambda text, out: any(out.glob("case*_mask.nii.gz"))),
 ]
 

@@ -24,7 +24,6 @@ from lib.scans.planning import Plan, plan_of
 from lib.scans.store import Store
 from lib.scans.training import fold_settings, score_case
 
-
 SLICES = Plan("slices", 2, (1.0, 1.0), (32, 32))
 
 
@@ -158,17 +157,17 @@ def test_the_method_that_is_named_trains_and_only_joint_plus_registers(tmp_path,
 def test_from_ten_labelled_subjects_on_a_fifth_is_held_out_and_a_single_one_cannot_be():
     names = [f"c{k}" for k in range(10)]
     folds = lambda count: folds_of(subjects_of(names[:count], ""), 1)
-    held_out, quick = folds(10)
-    assert len(held_out) == 2 and quick == []
-    held_out, quick = folds(5)
+    (held_out,) = folds(10)
+    assert len(held_out) == 2
+    held_out, *quick = folds(5)
     assert held_out == () and sorted(sum(quick, ())) == names[:5] and sorted(map(len, quick)) == [2, 3]
-    assert folds(1) == ((), [])
+    assert folds(1) == [()]
 
 
 def test_quick_networks_take_fewer_steps_and_memory_that_is_short_smaller_batches(monkeypatch, tmp_path):
     settings = settings_for(tmp_path, monkeypatch)
     settings.strong.training |= {"steps": 400, "batch": 16}
-    quick, small = fold_settings(settings, SLICES, 1, quick=True), fold_settings(settings, SLICES, 0, divisor=8)
+    quick, small = fold_settings(settings, SLICES, 1), fold_settings(settings, SLICES, 0, divisor=8)
     assert quick.strong.training.steps == 100 and quick.folder.unlabelled == 0
     assert small.strong.training.steps == 400 and small.strong.training.batch == 4 and small.registration.batch >= 1
     assert settings.strong.training.batch == 16
@@ -179,9 +178,9 @@ def test_cases_of_one_subject_are_held_out_together():
     subjects = subjects_of(names, "(sub-[0-9]+)")
     assert subjects["sub-03"] == ["sub-03_ses-1", "sub-03_ses-2"]
     assert len(subjects) == 11 and subjects["other"] == ["other"]
-    held_out, _ = folds_of(subjects, 1)
+    (held_out,) = folds_of(subjects, 1)
     assert all(len({name in held_out for name in members}) == 1 for members in subjects.values()) and len(held_out) >= 2
-    _, quick = folds_of(subjects_of(names[:4], "(sub-[0-9]+)"), 1)
+    _, *quick = folds_of(subjects_of(names[:4], "(sub-[0-9]+)"), 1)
     assert sorted(quick) == [tuple(names[:2]), tuple(names[2:4])]
     for wrong in ("sub-[0-9]+", "(sub"):
         with pytest.raises(DataError, match="folder.subject .* cannot be used"):
@@ -308,11 +307,12 @@ def test_a_single_slice_is_scored_as_an_image(segmented, tmp_path, monkeypatch):
     """A volume one slice thick has no inside: its HD95 would be too low."""
     folder = fill(tmp_path, cases=1, labelled=1, slices=1)
     store = Store(tmp_path / "scans")
-    intake = taken_in(settings_for(folder, monkeypatch), store)
+    settings = settings_for(folder, monkeypatch)
+    intake = taken_in(settings, store)
     model = load_model(segmented[0] / "out" / "model.safetensors")
     numerics = Numerics("cpu")
     (case,) = intake.cases
-    found, _ = score_case(model, case, store, np.array([0]), numerics)
+    found, _ = score_case(model, case, store, np.array([0]), settings.folder, numerics)
     _, truth, grid = read_case(case)
     labels, *_ = applying.segment(model, store.images("case 0"), np.array([0]), grid, numerics)
     masks_of = lambda part: torch.stack([torch.as_tensor(part[0] == value) for value in (2, 7)])[None].float()

@@ -8,7 +8,6 @@ import torch
 
 from lib.runs.files import replacing
 
-
 UNDRAWN = 255  # label of what nobody has drawn: it trains nothing and is scored nowhere
 
 

@@ -32,6 +32,7 @@ class Experiment:
         cohort: cohorts.cohort.Cohort.
         data: cohorts.cohort.Tensors.
         cabinet: runs.cabinet.Cabinet, in which the stages keep their weights, checkpoints and costs.
+        after_step: function that is called after every training step of recipe `strong`, for whoever shows progress.
         whole: whether an image is a volume.
         strides: of the networks, see models.strides_of.
         pooled: whether the soft Dice loss of the segmentation is that of whole batches, see losses.soft_dice_loss.
@@ -42,6 +43,7 @@ class Experiment:
 
     def __init__(self, settings):
         self.settings = settings
+        self.after_step = lambda: None
         self.numerics = Numerics(settings.device, settings.precision)
         self.cabinet = Cabinet(settings, self.numerics)
         file = cohort_file(settings)

@@ -1,4 +1,4 @@
-"""A mask as DICOM-SEG, which viewers of DICOM show over the series that it belongs to. Asked for by folder.dicom_seg."""
+"""A mask as DICOM-SEG, which viewers of DICOM show over the series that it belongs to. See folder.dicom_seg."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""A user's own folder of NIfTI images or DICOM series, with masks for some; and results written back onto the grids they came from."""
+"""A user's own folder of NIfTI images or DICOM series, with masks for some; results go back onto their grids."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +87,7 @@ def find_cases(images, masks=None, pattern="{case}"):
         raise DataError(f"{images} is a DICOM series itself: give the folder that holds it, with a folder per series")
     if not found:
         raise DataError(
-            f"{images} holds no .nii or .nii.gz file and no folder of DICOM files: give the folder that holds the images"
+            f"{images} holds no .nii or .nii.gz file and no DICOM series: give the folder that holds the images"
         )
     cases = [Case(name, file, by_name.pop(pattern.replace("{case}", name), None)) for name, file in found.items()]
     if by_name:

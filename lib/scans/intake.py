@@ -171,7 +171,7 @@ def subjects_of(names, pattern):
 
 
 def folds_of(subjects, seed):
-    """What is held out: (names of the labelled cases held out from the network, those held out from quick networks).
+    """What is held out from the network, and from every quick network.
 
     Cases of one subject are held out together. A single subject cannot be held out: nothing is.
 
@@ -179,14 +179,14 @@ def folds_of(subjects, seed):
         subjects: of ``subjects_of``.
 
     Returns:
-        (tuple of names, list of tuples of names, one per quick network).
+        List of tuples of names: first of those held out from the network, then of those from every quick network.
     """
     cases = list(subjects.values())
     order = np.random.default_rng([seed, 2]).permutation(len(cases))
     names = lambda chosen: tuple(name for k in sorted(chosen) for name in cases[k])
     if len(cases) >= HELD_OUT_FROM:
-        return names(order[: round(len(cases) / 5)]), []
-    return (), sorted((names(order[::2]), names(order[1::2]))) if len(cases) > 1 else []
+        return [names(order[: round(len(cases) / 5)])]
+    return [(), *(sorted((names(order[::2]), names(order[1::2]))) if len(cases) > 1 else [])]
 
 
 def build(settings, plan, store, intake, held_out):

@@ -24,9 +24,9 @@ class Model(NamedTuple):
     """Segmentation networks of the same kind, whose mean is the mask, and what is needed to apply them.
 
     ``about``: classes (names), values (label value of each class in the masks), space, axis, spacing and canvas (of
-    planning.Plan), root (channels of the finest level), normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and
-    settings), licence (of the training data) and calibration (rows: number of a held-out subject, and mean confidence
-    and DSC of one of its cases or of a worse view of it).
+    planning.Plan), root (channels of the finest level), normalisation, pseudo_masks (of the test-time augmentation),
+    symmetric, fingerprint (of training data and settings), licence (of the training data) and calibration (rows: number
+    of a held-out subject, and mean confidence and DSC of one of its cases or of a worse view of it).
     """
 
     networks: list

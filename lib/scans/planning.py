@@ -42,7 +42,7 @@ class Plan(NamedTuple):
         return tuple(max(1, round(side * mm / to)) for (side, mm), to in zip(own, self.spacing))
 
     def images(self, stack, grid):
-        """A scan ``(slices, rows, columns)`` as images ``(n, *space)`` float32: at the plan's spacing, on its canvas."""
+        """A scan ``(slices, rows, columns)`` as images ``(n, *space)`` float32 of the plan's spacing, on its canvas."""
         sides = self.sides(grid)
         whole = stack[None] if self.space == "volumes" else stack
         return placed(resized(whole, sides), [max(pair) for pair in zip(sides, self.canvas)])
@@ -143,7 +143,7 @@ def majority(values):
 
 
 def worth(volumes, spacing, labelled, settings):
-    """Whether whole volumes are to be preferred: deep, slices close to one another, and small enough to be seen whole."""
+    """Whether whole volumes are preferred: deep, slices close to one another, and small enough to be seen whole."""
     deep = np.median([grid.slices[0] for grid in labelled]) >= SHALLOW
     close = max(spacing) <= LONG * min(spacing)
     fine = max(now / before for now, before in zip(volumes.spacing, spacing)) <= COARSER

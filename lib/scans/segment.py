@@ -17,11 +17,12 @@ from lib.runs.versions import NUMERICS, STRONG, fingerprint
 from lib.scans.applying import apply
 from lib.scans.dicom_seg import write_dicom_seg
 from lib.scans.folder import find_cases, is_others
-from lib.scans.intake import chosen_slices, digest, take_in
+from lib.scans.intake import chosen_slices, digest, folds_of, subjects_of, take_in
 from lib.scans.model_file import load_model, save_model
 from lib.scans.planning import plan_of
+from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
 from lib.scans.store import Store
-from lib.scans.training import train
+from lib.scans.training import fold_settings, train
 
 
 @contextmanager
@@ -79,56 +80,78 @@ def segment_folder(settings):
             tqdm.write(f"left out: {reason}")
         counts = len(intake.cases), len(intake.labelled), len(intake.failures)
         tqdm.write("{} cases, {} of them with masks; {} left out".format(*counts))
+        progress = Progress(what_is_to_do(settings, plan, store, intake, model))
         if model is None:
-            model = trained(settings, plan, store, intake, output)
-        table = summary(segment_cases(settings, model, store, intake, output), model.about["classes"], options.review)
+            model = trained(settings, plan, store, intake, output, progress)
+        rows = segment_cases(settings, model, store, intake, output, progress)
+        progress.bar.close()
+        table = summary(rows, model.about["classes"], options.review)
         write_table(table, output / "cases.csv")
         return table
 
 
-def segment_cases(settings, model, store, intake, output):
+def what_is_to_do(settings, plan, store, intake, model):
+    """Parts of a run for progress.Progress; ``model``: the one that is given, if any."""
+    counts = {name: len(found) for name, found in chosen_slices(settings.folder, store, intake.cases).items()}
+    subjects = subjects_of([case.name for case in intake.labelled], settings.folder.subject)
+    folds = [] if model else folds_of(subjects, settings.seed)
+    trainings = [fold_settings(settings, plan, number).strong.training for number in range(len(folds))]
+    return parts_of(settings, trainings, folds, counts)
+
+
+def segment_cases(settings, model, store, intake, output, progress):
     """Rows of cases.csv, as dictionaries; cases that are finished are taken from the log of the runs before."""
     numerics = Numerics(settings.device, settings.precision)
     model = model.to(numerics)
     slices = chosen_slices(settings.folder, store, intake.cases)
     log_file = output / "work" / "cases.jsonl"
     log = read_lines(log_file, "case")
-    files_of = lambda name: [output / f"{name}_{what}.nii.gz" for what in ("mask", "confidence")]
     rows = []
     for name, note in intake.failures.items():
-        old = "; its files in the output folder are of an earlier run" if any(map(Path.exists, files_of(name))) else ""
-        rows.append({"case": name, "status": "failed", "note": note + old})
-    for case in tqdm(intake.cases, desc="segmenting", unit="case"):
-        key = fingerprint(
-            model.key,
-            store.index[case.name]["fingerprint"],
-            slices[case.name].tolist(),
-            str(case.image),
-            settings.folder.dicom_seg,
-        )
-        files, row = files_of(case.name), log.get(case.name, {})
-        digests = lambda: [digest(file) if file.exists() else "" for file in files]
-        if row.get("fingerprint") != key or row.get("digests") != digests():
-            try:
-                if others := [file for file in files if is_others(file)]:
-                    row = {
-                        "case": case.name,
-                        "status": "kept",
-                        "note": f"{others[0]} has been changed, or was there "
-                        "before, and is kept: move it away to have it made",
-                    }
-                else:
-                    grid = read_grid(case.image, model.plan.axis)
-                    row = apply(model, case.name, store.images(case.name), slices[case.name], grid, output, numerics)
-                    if settings.folder.dicom_seg and case.image.is_dir():
-                        names = model.about["values"], model.about["classes"]
-                        write_dicom_seg(files[0], case.image, *names, output / f"{case.name}_mask.dcm")
-                    row |= {"status": "done", "fingerprint": key, "digests": digests()}
+        old = any(file.exists() for file in files_of(name, output))
+        left = "; its files in the output folder are of an earlier run" if old else ""
+        rows.append({"case": name, "status": "failed", "note": note + left})
+    with progress.part(SEGMENTING) as done:
+        for case in intake.cases:
+            positions, of = slices[case.name], settings.folder.dicom_seg
+            prints = store.index[case.name]["fingerprint"]
+            key = fingerprint(model.key, prints, positions.tolist(), str(case.image), of)
+            row = log.get(case.name, {})
+            if row.get("fingerprint") != key or row.get("digests") != digests(case.name, output):
+                row = segment_case(model, case, store.images(case.name), positions, output, numerics, of)
+                if row["status"] == "done":
+                    row |= {"fingerprint": key, "digests": digests(case.name, output)}
                     append_line(row, log_file)
-            except DataError as error:
-                row = {"case": case.name, "status": "failed", "note": str(error)}
-        rows.append({"note": intake.notes.get(case.name, ""), **row, "labelled": case.mask is not None})
+            rows.append({"note": intake.notes.get(case.name, ""), **row, "labelled": case.mask is not None})
+            done(case_takes(settings, len(positions)))
     return rows
+
+
+def segment_case(model, case, images, positions, output, numerics, dicom_seg):
+    """The row of a case in cases.csv, segmented now unless somebody has changed its files in the output folder."""
+    files = files_of(case.name, output)
+    try:
+        if others := [file for file in files if is_others(file)]:
+            note = f"{others[0]} has been changed, or was there before, and is kept: move it away to have it made"
+            return {"case": case.name, "status": "kept", "note": note}
+        grid = read_grid(case.image, model.plan.axis)
+        row = apply(model, case.name, images, positions, grid, output, numerics)
+        if dicom_seg and case.image.is_dir():
+            names = model.about["values"], model.about["classes"]
+            write_dicom_seg(files[0], case.image, *names, output / f"{case.name}_mask.dcm")
+    except DataError as error:
+        return {"case": case.name, "status": "failed", "note": str(error)}
+    return {**row, "status": "done"}
+
+
+def files_of(name, output):
+    """Mask and confidence map of a case."""
+    return [output / f"{name}_{what}.nii.gz" for what in ("mask", "confidence")]
+
+
+def digests(name, output):
+    """Of the files of a case, empty where there is none."""
+    return [digest(file) if file.exists() else "" for file in files_of(name, output)]
 
 
 def write_table(table, file):
@@ -162,7 +185,7 @@ def summary(rows, classes, review):
     return table
 
 
-def trained(settings, plan, store, intake, output):
+def trained(settings, plan, store, intake, output, progress):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
     read = "seed", "scale", "device", "precision", "segmentation", "registration", "refinement", "pseudo_masks"
     relevant = {name: settings[name] for name in read}
@@ -191,10 +214,11 @@ def trained(settings, plan, store, intake, output):
     try:
         model = load_model(file)
         if model.about.get("key") == key and (output / "held_out.csv").exists():
+            progress.skip(*(name for name in list(progress.parts) if name != SEGMENTING))
             return model
     except DataError:
         pass
-    model, held_out = train(settings, plan, store, intake)
+    model, held_out = train(settings, plan, store, intake, progress)
     write_table(held_out, output / "held_out.csv")
     model.about["key"] = key
     save_model(model, file)

@@ -6,6 +6,7 @@ held out from the network itself. A single one cannot be held out.
 """
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -27,13 +28,14 @@ from lib.scans.folder import read_case
 from lib.scans.intake import build, chosen_slices, class_names, folds_of, subjects_of
 from lib.scans.memory import with_less_memory
 from lib.scans.model_file import Model
+from lib.scans.progress import case_takes, network_name, step_takes
 
 DEGRADED = "rotation", "scaling", "shift", "gamma", "contrast", "brightness", "blur", "noise"
 METHODS = {"fs+elastic": elastic, "bcp": bcp, "joint+": one_stage}  # that folder.method may name
 SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
-def train(settings, plan, store, intake):
+def train(settings, plan, store, intake, progress):
     """A network for a folder, by ``folder.method``.
 
     Args:
@@ -41,6 +43,7 @@ def train(settings, plan, store, intake):
         plan: planning.Plan.
         store: store.Store of the cases' images.
         intake: intake.Intake.
+        progress: progress.Progress.
 
     Returns:
         (model_file.Model, scores of the held-out cases: pandas.DataFrame with columns case, class, dsc, hd, hd95, the
@@ -74,18 +77,19 @@ def train(settings, plan, store, intake):
     }
     subjects = subjects_of([case.name for case in intake.labelled], options.subject)
     number_of = {name: number for number, names in enumerate(subjects.values()) for name in names}
-    held_out, quick = folds_of(subjects, settings.seed)
     network, held, pairs, keys = None, [], [], []
-    for number, names in enumerate((held_out, *quick)):
-        train_one = lambda divisor: train_fold(settings, plan, store, intake, number, names, number > 0, divisor)
-        trained, numerics, key = with_less_memory(train_one, "training")
-        network = network or trained.eval()
-        keys.append(key)
-        model = Model([trained.eval()], about)
-        for case in (case for case in intake.labelled if case.name in names):
-            scores, found = measure(model, case, store, slices[case.name], settings, numerics)
-            held.append(scores)
-            pairs.extend([number_of[case.name], *pair] for pair in found)
+    for number, names in enumerate(folds_of(subjects, settings.seed)):
+        with progress.part(network_name(number)) as done:
+            train_one = lambda divisor: train_fold(settings, plan, store, intake, number, names, done, divisor)
+            trained, numerics, key = with_less_memory(train_one, "training")
+            network = network or trained.eval()
+            keys.append(key)
+            model = Model([trained.eval()], about)
+            for case in (case for case in intake.labelled if case.name in names):
+                scores, found = measure(model, case, store, slices[case.name], settings, numerics)
+                held.append(scores)
+                pairs.extend([number_of[case.name], *pair] for pair in found)
+                done(case_takes(settings, len(slices[case.name]), measured=True))
     columns = ["case", "class", "dsc", "hd", "hd95"]
     table = pd.concat(held)[columns] if held else pd.DataFrame(columns=columns)
     return Model([network], {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
@@ -105,26 +109,28 @@ def measure(model, case, store, positions, settings, numerics):
     return scores.assign(case=case.name), [own, *with_memory(degraded_pairs, settings)]
 
 
-def train_fold(settings, plan, store, intake, number, held_out, quick, divisor=1):
+def train_fold(settings, plan, store, intake, number, held_out, done, divisor=1):
     """A network, with the device it is on and the fingerprint of what it was trained on.
 
     Args:
-        number, held_out: which it is, and the names of the labelled cases that do not train.
-        quick: by the labelled images alone, for a part of the steps.
+        number, held_out: which it is, and the names of the labelled cases that do not train. All but the first are
+            quick: they are trained by the labelled images alone, for a part of the steps.
+        done: of progress.Progress.part.
         divisor: of the batches, if memory does not suffice.
     """
-    own = fold_settings(settings, plan, number, quick, divisor)
+    own = fold_settings(settings, plan, number, divisor)
     build(own, plan, store, intake, held_out).save(cohort_file(own))
     experiment = Experiment(own)
     experiment.numerics.share = 1 / divisor
-    method = METHODS[settings.folder.method] if len(experiment.data.unlabelled) and not quick else elastic
+    experiment.after_step = partial(done, step_takes(own.strong.training))
+    method = METHODS[settings.folder.method] if len(experiment.data.unlabelled) and not number else elastic
     if method is one_stage:
         pretrain_registration(experiment)
     network, _ = method.train(experiment)
     return network, experiment.numerics, experiment.origin
 
 
-def fold_settings(settings, plan, number, quick=False, divisor=1):
+def fold_settings(settings, plan, number, divisor=1):
     """Settings of a network; see ``train_fold``."""
     own = section(json.loads(json.dumps(settings)))
     own["cohort"] = f"folder/fold_{number}"
@@ -133,20 +139,20 @@ def fold_settings(settings, plan, number, quick=False, divisor=1):
     if plan.space == "volumes":
         training.update(own.volumes.training)
     training["batch"] = max(SMALLEST_BATCH, training.batch // divisor)
-    if quick:
+    if number:
         training["steps"] = max(1, round(own.folder.quick * training.steps))
         own.folder["unlabelled"] = 0
     return own
 
 
-def score_case(model, case, store, positions, settings, numerics):
+def score_case(model, case, store, positions, options, numerics):
     """DSC, HD and HD95 in mm of a case with a mask, on the slices ``positions``, and the mask's mean confidence.
 
     A single slice is scored as an image: in a volume one slice thick every voxel would lie on the surface. Where masks
     are drawn in part, DSC is that of the part, and there is no distance.
     """
     _, truth, grid = read_case(case, model.about["axis"])
-    truth, drawn, _ = drawn_part(truth, settings.drawn, model.about["axis"])
+    truth, drawn, _ = drawn_part(truth, options.drawn, model.about["axis"])
     labels, _, confidence = segment(model, store.images(case.name), positions, grid, numerics)
     planes = model.plan.planes(positions, grid)
     if drawn is not None:

@@ -144,6 +144,11 @@ def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None, start
         list(depends),
         settings.selection,
     )
+
+    def after_step():
+        networks.update()
+        experiment.after_step()
+
     found = fit(
         networks,
         lambda generator, step: batch_loss(lesson, generator, step),
@@ -155,7 +160,7 @@ def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None, start
         label=label or stage,
         checkpoint=experiment.cabinet.checkpoint(key),
         validate=(lambda trained: validation_dice(experiment, trained.teacher)) if chosen else None,
-        after_step=networks.update,
+        after_step=after_step,
     )
     return networks.teacher, found
 
