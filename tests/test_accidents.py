@@ -57,11 +57,24 @@ def outcome(folder):
     }
 
 
+def of_space(folder, space, **options):
+    """Made-up scans that are single slices or volumes."""
+    return fill(folder, slices=12 if space == "volumes" else 1, **options)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder that has been segmented without an accident, and what came out."""
     folder = fill(tmp_path_factory.mktemp("own") / "mé dossier 影像", cases=7, labelled=5, slices=1)
     segment_folder(settings_for(folder))
+    return folder, outcome(folder)
+
+
+@pytest.fixture(scope="module")
+def finished_volumes(tmp_path_factory):
+    """As ``finished``, of volumes; fewer."""
+    folder = of_space(tmp_path_factory.mktemp("own") / "volumes", "volumes", cases=3, labelled=2)
+    segment_folder(settings_for(folder, space="volumes"))
     return folder, outcome(folder)
 
 
@@ -118,7 +131,7 @@ def test_a_run_stopped_in_every_stage_ends_with_the_same_bytes(tmp_path):
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
-def struck_at_every_write(folder, accident):
+def struck_at_every_write(folder, accident, space):
     """Segment a folder again and again, each run until it meets a write at which no run before has been struck.
 
     To be called in a process that has computed nothing: it forks, as imports are the most of so short a run, and
@@ -126,6 +139,7 @@ def struck_at_every_write(folder, accident):
 
     Args:
         accident: ``killed``, with the last bytes not yet on the disk, or ``full``, which the disk is.
+        space: folder.space.
 
     Returns:
         Names of the files at which runs were struck, and the texts that they ended with, ``""`` where killed.
@@ -156,7 +170,7 @@ def struck_at_every_write(folder, accident):
         if not child:
             os.fsync = strike
             try:
-                command.segment(settings_for(folder))
+                command.segment(settings_for(folder, space=space))
                 os._exit(0)
             except DataError as error:
                 said.write_text(str(error))
@@ -176,15 +190,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("accident", ["killed", "full"])
-def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, one_thread, accident):
+@pytest.mark.parametrize(("accident", "space"), [("killed", "slices"), ("full", "slices"), ("killed", "volumes")])
+def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, one_thread, accident, space):
     """Also what the clock cannot aim at: quick networks, calibration, model, summary and pictures."""
-    whole, struck = (fill(tmp_path / name / "folder", cases=3, labelled=2, slices=1) for name in ("whole", "struck"))
+    whole, struck = (of_space(tmp_path / name / "folder", space, cases=3, labelled=2) for name in ("whole", "struck"))
     call = "import sys, json, test_accidents; print(json.dumps(test_accidents.struck_at_every_write(*sys.argv[1:])))"
-    command.segment(settings_for(whole))
+    command.segment(settings_for(whole, space=space))
     surroundings = {"PYTHONPATH": f"{params.ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     done = subprocess.run(
-        [sys.executable, "-c", call, str(struck), accident],
+        [sys.executable, "-c", call, str(struck), accident, space],
         capture_output=True,
         text=True,
         cwd=params.ROOT,
@@ -242,14 +256,27 @@ def flipped(content):
     return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize("spoil", [lambda content: b"", lambda content: content[: len(content) // 2], flipped])
-def test_files_cut_short_or_changed_are_made_again(finished, spoil):
+def halved(content):
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize(
+    ("space", "spoil"),
+    [
+        ("slices", lambda content: b""),
+        ("slices", halved),
+        ("slices", flipped),
+        ("volumes", halved),
+        ("volumes", flipped),
+    ],
+)
+def test_files_cut_short_or_changed_are_made_again(request, space, spoil):
     """All that lies under work, and the model: the run started again ends with the same bytes."""
-    folder, before = finished
+    folder, before = request.getfixturevalue("finished_volumes" if space == "volumes" else "finished")
     for file in [*(folder / "out" / "work").rglob("*.*"), folder / "out" / "model.safetensors"]:
         if file.is_file():
             file.write_bytes(spoil(file.read_bytes()))
-    segment_folder(settings_for(folder))
+    segment_folder(settings_for(folder, space=space))
     after = outcome(folder)
     assert sorted(after) == sorted(before)
     assert [name for name in before if after[name] != before[name]] == []

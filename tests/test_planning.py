@@ -8,11 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_own import settings_for
+from test_own import settings_for, taken_in
 
 from lib import DataError
+from lib.compute import Numerics
+from lib.models import ResidualUNet
+from lib.scans.applying import soft_masks
 from lib.scans.folder import find_cases
+from lib.scans.model_file import Model
 from lib.scans.planning import Plan, plan_of
+from lib.scans.store import Store
 
 
 def folder_of(folder, scans, drawn=1):
@@ -67,6 +72,30 @@ def test_volumes_that_are_asked_for_become_coarser_until_they_fit(tmp_path, monk
     assert plan.strides[0] == (1, 2, 2)  # slices lie far apart: their axis waits
     with pytest.raises(DataError, match="holds single slices: set folder.space"):
         plan_for(tmp_path / "flat", [((64, 64, 1), (1, 1, 1))], monkeypatch, space="volumes")
+
+
+def test_a_single_slice_among_volumes_is_left_out_and_named(tmp_path, monkeypatch):
+    scans = [((20, 24, 16), (1, 1, 1))] * 2 + [((20, 24, 1), (1, 1, 1))]
+    settings = settings_for(folder_of(tmp_path, scans), monkeypatch)
+    intake = taken_in(settings, Store(tmp_path / "scans"))
+    assert [case.name for case in intake.cases] == ["case_0", "case_1"]
+    assert "case_2.nii.gz is a single slice among volumes: leave it out" in intake.failures["case_2"]
+
+
+def test_a_scan_much_larger_than_the_canvas_is_seen_through_windows(tmp_path, monkeypatch):
+    """In little memory: what the networks see at once is never larger than a few canvases; the mask is whole."""
+    torch.manual_seed(0)
+    plan = Plan("volumes", 2, (1.0, 1.0, 1.0), (16, 16, 16))
+    network, seen = ResidualUNet(1, "instance", 2, plan.strides).eval(), []
+    about = {"pseudo_masks": {"n": 1, "rotation": 0, "shift": 0, "contrast": 0}, "symmetric": False}
+    about |= {"space": "volumes", "axis": 2, "spacing": [1.0] * 3, "canvas": [16] * 3}
+    monkeypatch.setattr(network, "segment", lambda images: seen.append(images[0].numel()) or (images > 0.5).float())
+    image = np.zeros((1, 40, 48, 33), np.float32)
+    image[:, 5:30, 8:40, 3:30] = 1
+    (soft,) = soft_masks(Model([network], about), image, Numerics("cpu", "float32"))
+    assert max(seen) == 16**3 and torch.equal((soft[0] > 0.5).float(), torch.as_tensor(image))
+    (soft,) = soft_masks(Model([network], about), image[:, :20, :20, :20], Numerics("cpu", "float32"))
+    assert seen[-1] == 20**3 and soft.shape == (1, 1, 20, 20, 20)
 
 
 sides = st.integers(1, 40)

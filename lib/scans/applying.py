@@ -25,7 +25,8 @@ def confidence_of(soft):
 def soft_masks(model, images, numerics):
     """Probabilities of a case's slices, or of the volume: the mean over networks and over N augmented views.
 
-    Images of more than WHOLE canvases are seen through overlapping windows of a canvas each, blended by a Gaussian.
+    Images of more than WHOLE canvases, fewer where memory is short, are seen through overlapping windows of a canvas
+    each, blended by a Gaussian.
 
     Args:
         model: Model on the device.
@@ -36,7 +37,7 @@ def soft_masks(model, images, numerics):
     """
     about, plan = model.about, model.plan
     options = section(about["pseudo_masks"])
-    large = math.prod(images.shape[1:]) > WHOLE * math.prod(plan.canvas)
+    large = math.prod(images.shape[1:]) > WHOLE * numerics.share * math.prod(plan.canvas)
     size = 1 if large else numerics.batch(images[:, None])
     for start in range(0, len(images), size):
         seen = numerics.tensor(images[start : start + size])[:, None]

@@ -21,7 +21,7 @@ from lib.runs.params import ROOT, output_root
 
 SLICES, SIDE = 100, 32  # of a volume
 VOLUMES = 10, 500
-SETTINGS = "folder.size=32", "pseudo_masks.n=2", "folder.degraded_views=2"
+SETTINGS = "folder.space=slices", "folder.size=32", "pseudo_masks.n=2", "folder.degraded_views=2"
 
 
 def write_volumes(folder, count):
