@@ -87,15 +87,16 @@ class ResidualUNet(nn.Module):
         normalisation: ``none`` or ``instance``.
         root: channels of the finest level, doubled at every level below.
         strides: see ``strides_of``; their length says whether images have two axes or three.
+        inputs: channels of an image.
     """
 
-    def __init__(self, classes=1, normalisation="none", root=ROOT, strides=HALVED):
+    def __init__(self, classes=1, normalisation="none", root=ROOT, strides=HALVED, inputs=1):
         super().__init__()
         self.strides = strides
         axes = len(strides[0])
         channels = [root * 2**level for level in range(LEVELS)]
         self.down = nn.ModuleList(
-            ResidualBlock(before, after, normalisation, axes) for before, after in zip([1] + channels, channels)
+            ResidualBlock(before, after, normalisation, axes) for before, after in zip([inputs] + channels, channels)
         )
         self.up = nn.ModuleList(
             TRANSPOSED[axes](2 * c, c, stride, stride=stride) for c, stride in zip(channels[:-1], strides)
@@ -104,7 +105,7 @@ class ResidualUNet(nn.Module):
         self.head = CONVOLUTION[axes](root, classes, 1)
 
     def features(self, image):
-        """Features ``(batch, root, *space)`` of images ``(batch, 1, *space)`` of any size."""
+        """Features ``(batch, root, *space)`` of images ``(batch, inputs, *space)`` of any size."""
         space = image.shape[2:]
         (x,) = pad_to_multiple(self.strides, image)
         skips = []
@@ -116,7 +117,7 @@ class ResidualUNet(nn.Module):
         return crop_to(x, space)
 
     def forward(self, image):
-        """Logits ``(batch, classes, *space)`` of images ``(batch, 1, *space)`` of any size."""
+        """Logits ``(batch, classes, *space)`` of images ``(batch, inputs, *space)`` of any size."""
         return self.head(self.features(image)).float()
 
     def segment(self, image):

@@ -132,7 +132,7 @@ def test_masks_are_found_by_name(tmp_path):
 def test_names_with_spaces_dots_and_letters_of_any_language(tmp_path):
     write(tmp_path / "mé dossier" / "Müller, J. 1.5T.nii.gz", noise(4, 4))
     (case,) = folder.find_cases(tmp_path / "mé dossier")
-    assert case.name == "Müller, J. 1.5T" and folder.read_case(case)[0].shape == (1, 4, 4)
+    assert case.name == "Müller, J. 1.5T" and folder.read_case(case)[0][0].shape == (1, 4, 4)
 
 
 def link(tmp_path):
@@ -310,7 +310,7 @@ def test_whatever_is_in_a_file_it_is_read_whole_or_refused_by_name(tmp_path, fil
     tracemalloc.start()
     try:
         with warnings.catch_warnings(action="ignore"):
-            slices, labels, grid = folder.read_case(case, axis)
+            (slices,), labels, grid = folder.read_case(case, axis)
     except DataError as error:
         assert name in str(error)
         return

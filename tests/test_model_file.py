@@ -19,6 +19,7 @@ ABOUT = {
     "axis": 2,
     "spacing": [1.0, 1.0],
     "canvas": [32, 32],
+    "channels": [""],
     "root": 16,
     "normalisation": "instance",
     "pseudo_masks": {"n": 5},

@@ -241,8 +241,8 @@ def test_slices_are_chosen_by_mask_and_by_range(tmp_path):
     store = Store(tmp_path)
     labels = np.zeros((5, 4, 4))
     labels[3] = 1
-    store.add("a", "1", np.zeros((5, 4, 4)), labels)
-    store.add("b", "1", np.zeros((9, 4, 4)))
+    store.add("a", "1", np.zeros((5, 1, 4, 4)), labels)
+    store.add("b", "1", np.zeros((9, 1, 4, 4)))
     cases = [Case("a", None, "mask"), Case("b", None, None)]  # a's mask is largest in its fourth slice
 
     def chosen(how):

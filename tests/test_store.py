@@ -5,7 +5,7 @@ from lib.scans import store
 
 
 def slices(seed, count=3, size=8):
-    return np.random.default_rng(seed).random((count, size, size))
+    return np.random.default_rng(seed).random((count, 1, size, size))
 
 
 def test_what_goes_in_comes_out_after_reopening(tmp_path):
@@ -13,7 +13,7 @@ def test_what_goes_in_comes_out_after_reopening(tmp_path):
     first.add("a", "1", slices(0), np.full((3, 8, 8), 2))
     first.add("b", "1", slices(1, count=1))
     again = store.Store(tmp_path / "s")
-    assert np.allclose(again.images("a"), slices(0), atol=1e-3) and again.images("b").shape == (1, 8, 8)
+    assert np.allclose(again.images("a"), slices(0), atol=1e-3) and again.images("b").shape == (1, 1, 8, 8)
     assert (again.labels("a") == 2).all() and again.labels("b") is None
     assert again.has("a", "1") and not again.has("a", "2") and not again.has("c", "1")
 
@@ -24,7 +24,7 @@ def test_a_changed_case_replaces_the_old_one(tmp_path):
     first.add("b", "1", slices(1))
     first.add("a", "2", slices(2, count=5))
     again = store.Store(tmp_path)
-    assert again.images("a").shape == (5, 8, 8) and np.allclose(again.images("b"), slices(1), atol=1e-3)
+    assert again.images("a").shape == (5, 1, 8, 8) and np.allclose(again.images("b"), slices(1), atol=1e-3)
 
 
 def test_a_crash_between_slices_and_index_loses_only_that_case(tmp_path):
@@ -60,11 +60,11 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_every_case_has_a_shape_of_its_own_and_volumes_are_one_image(tmp_path):
     first = store.Store(tmp_path)
-    volume = np.random.default_rng(0).random((1, 4, 6, 5))
+    volume = np.random.default_rng(0).random((1, 2, 4, 6, 5))
     first.add("slices", "1", slices(0, count=2))
     first.add("volume", "1", volume, np.ones((1, 4, 6, 5)))
     again = store.Store(tmp_path)
-    assert again.images("slices").shape == (2, 8, 8) and again.labels("volume").shape == (1, 4, 6, 5)
+    assert again.images("slices").shape == (2, 1, 8, 8) and again.labels("volume").shape == (1, 4, 6, 5)
     assert np.allclose(again.images("volume"), volume, atol=1e-3) and again.has("volume", "1")
 
 

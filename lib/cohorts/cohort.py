@@ -18,7 +18,7 @@ class Cohort:
     Attributes:
         name: as in params.yaml.
         title: as in tables; says so where the cohort is simulated.
-        images: ``(images, *space)`` float32 in [0, 1].
+        images: ``(images, *space)`` float32 in [0, 1], or ``(images, channels, *space)``.
         labels: ``(images, *space)`` uint8, 0 background, 1.. the classes, or UNDRAWN.
         subjects: ``(images,)`` subject ids.
         split: ``(images,)`` one of splitting.SPLITS.
@@ -42,7 +42,7 @@ class Cohort:
     @property
     def axes(self):
         """How many axes an image has: 2, or 3 if it is a volume."""
-        return self.images.ndim - 1
+        return self.labels.ndim - 1
 
     @property
     def spacing(self):
@@ -104,7 +104,8 @@ class Tensors:
         cohort, settings, numerics: of the experiment.
 
     Attributes:
-        images: ``(images, 1, *space)``; masks: ``(images, classes, *space)``.
+        images: ``(images, channels, *space)``; masks: ``(images, classes, *space)``.
+        guides: ``(images, 1, *space)``, the first channel, by which images are registered.
         drawn: ``(images, 1, *space)``, 0 where nobody has drawn, else 1; None where all is drawn.
         labelled, unlabelled, train, validation: index tensors.
         example: index ``(1,)`` of a training image that is unlabelled at every rate below 100 %, for pictures.
@@ -112,7 +113,9 @@ class Tensors:
 
     def __init__(self, cohort, settings, numerics):
         self.cohort = cohort
-        self.images = numerics.tensor(cohort.images[:, None])
+        of_one = cohort.images.ndim == cohort.labels.ndim
+        self.images = numerics.tensor(cohort.images[:, None] if of_one else cohort.images)
+        self.guides = self.images if of_one else numerics.tensor(cohort.images[:, :1])
         self.masks = numerics.tensor(one_hot(cohort.labels, len(cohort.classes)))
         undrawn = cohort.labels == UNDRAWN
         self.drawn = numerics.tensor(~undrawn[:, None]) if undrawn.any() else None

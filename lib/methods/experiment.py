@@ -51,7 +51,7 @@ class Experiment:
         self.pooled = self.cohort.of_volumes
         self.data = Tensors(self.cohort, settings, self.numerics)
         self.whole = self.cohort.axes == 3
-        self.strides = strides_of(self.cohort.spacing, self.cohort.images.shape[1:]) if self.whole else HALVED
+        self.strides = strides_of(self.cohort.spacing, self.cohort.labels.shape[1:]) if self.whole else HALVED
         self.origin = fingerprint(
             hashlib.sha256(file.read_bytes()).hexdigest(),
             NUMERICS,
@@ -65,6 +65,7 @@ class Experiment:
     def segmentation_network(self):
         """A ResidualUNet with the seed's initial weights, on the device."""
         options = {"normalisation": self.settings.segmentation.normalisation, "strides": self.strides}
+        options["inputs"] = self.data.images.shape[1]
         if self.whole:
             options["root"] = self.settings.volumes.root
         return self._seeded(lambda: ResidualUNet(len(self.cohort.classes), **options))

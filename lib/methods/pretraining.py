@@ -158,7 +158,7 @@ def pretrain_registration(experiment):
     found = train_registration(
         experiment,
         network,
-        data.images[data.train],
+        data.guides[data.train],
         None,
         steps=steps_of(options.epochs, len(data.train), options.batch, options.max_steps),
         peak=options.learning_rate,

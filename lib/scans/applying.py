@@ -30,17 +30,17 @@ def soft_masks(model, images, numerics):
 
     Args:
         model: Model on the device.
-        images: ``(n, *space)`` in [0, 1].
+        images: ``(n, channels, *space)`` in [0, 1].
 
     Yields:
         Batches ``(n, classes, *space)``. The draws depend on nothing but the case's own images.
     """
     about, plan = model.about, model.plan
     options = section(about["pseudo_masks"])
-    large = math.prod(images.shape[1:]) > WHOLE * numerics.share * math.prod(plan.canvas)
-    size = 1 if large else numerics.batch(images[:, None])
+    large = math.prod(images.shape[2:]) > WHOLE * numerics.share * math.prod(plan.canvas)
+    size = 1 if large else numerics.batch(images)
     for start in range(0, len(images), size):
-        seen = numerics.tensor(images[start : start + size])[:, None]
+        seen = numerics.tensor(images[start : start + size])
         generator = numerics.generator("own", start)
         views = options.n, generator, options, about["symmetric"], numerics, plan.spacing
         look = lambda part: torch.stack(
@@ -50,7 +50,7 @@ def soft_masks(model, images, numerics):
 
 
 def through_windows(look, images, canvas):
-    """What ``look`` makes of images ``(n, 1, *space)``, window by window."""
+    """What ``look`` makes of images ``(n, channels, *space)``, window by window."""
     from monai.inferers import sliding_window_inference  # takes seconds to import: only large images wait
 
     return sliding_window_inference(images, canvas, 1, look, overlap=0.5, mode="gaussian")

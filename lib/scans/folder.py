@@ -20,6 +20,12 @@ class Case(NamedTuple):
     name: str  # the image's file name without its endings
     image: Path
     mask: Path | None
+    others: tuple = ()  # the image's further channels
+
+    @property
+    def files(self):
+        """All of them."""
+        return [self.image, *self.others, *[self.mask] * (self.mask is not None)]
 
 
 def name_of(file):
@@ -61,16 +67,41 @@ def nifti_files(folder, what, series=False):
     return found
 
 
-def find_cases(images, masks=None, pattern="{case}"):
+def by_channel(found, channels):
+    """Images that are one file per channel, as nnU-Net has them: dictionary of case to its files.
+
+    Args:
+        found: dictionary of name to file.
+        channels: what the names of the files end with, e.g. ``_0000`` and ``_0001``; empty for one file per case.
+
+    Raises:
+        DataError: a channel of a case is missing, or a file is of no channel.
+    """
+    if not channels:
+        return {name: (file,) for name, file in found.items()}
+    cases = {}
+    for name, file in found.items():
+        ending = max((one for one in channels if name.endswith(one)), key=len, default=None)
+        if ending is None or name == ending:
+            raise DataError(f"{file} ends with none of {', '.join(channels)} (folder.channels): rename or remove it")
+        cases.setdefault(name[: -len(ending)], {})[ending] = file
+    for files in cases.values():
+        if missing := [one for one in channels if one not in files]:
+            raise DataError(f"{next(iter(files.values()))} has no file beside it for the channel {missing[0]}: add it")
+    return {name: tuple(files[one] for one in channels) for name, files in cases.items()}
+
+
+def find_cases(images, masks=None, pattern="{case}", channels=()):
     """All images of a folder, each with its mask where there is one, sorted by name.
 
     Args:
         images: folder of the images: NIfTI files, and folders of one DICOM series each.
         masks: folder of the masks, which may be the same one; None for no masks.
         pattern: name of a mask without its ending, where ``{case}`` stands for the image's.
+        channels: see ``by_channel``; the case's name is the image's without the channel.
 
     Raises:
-        DataError: see ``nifti_files``; no image; a mask without an image; a pattern without ``{case}``.
+        DataError: see ``nifti_files`` and ``by_channel``; no image; a mask without an image; a pattern without ``{case}``.
     """
     if "{case}" not in pattern:
         raise DataError(f"the pattern '{pattern}' of the masks' names does not hold {{case}}: write e.g. {{case}}_mask")
@@ -80,7 +111,8 @@ def find_cases(images, masks=None, pattern="{case}"):
     if same:
         if pattern == "{case}":
             raise DataError(f"images and masks are both in {images}: give the pattern of the masks' names")
-        names = {pattern.replace("{case}", name) for name in found}
+        endings = channels or [""]
+        names = {pattern.replace("{case}", name.removesuffix(ending)) for name in found for ending in endings}
         found = {name: file for name, file in found.items() if name not in names}
         by_name = {name: file for name, file in by_name.items() if name in names}
     if not found and is_series(Path(images)):
@@ -89,7 +121,8 @@ def find_cases(images, masks=None, pattern="{case}"):
         raise DataError(
             f"{images} holds no .nii or .nii.gz file and no DICOM series: give the folder that holds the images"
         )
-    cases = [Case(name, file, by_name.pop(pattern.replace("{case}", name), None)) for name, file in found.items()]
+    mask_of = lambda name: by_name.pop(pattern.replace("{case}", name), None)
+    cases = [Case(name, first, mask_of(name), others) for name, (first, *others) in by_channel(found, channels).items()]
     if by_name:
         raise DataError(
             f"{next(iter(by_name.values()))} is the mask of no image in {images} ({len(by_name)} such in all): its "
@@ -106,14 +139,20 @@ def read_case(case, axis=2, values=None):
         axis, values: see reading.read_pair.
 
     Returns:
-        (image ``(slices, rows, columns)`` float32, labels uint8 or None, Grid of the image).
+        (list of the image's channels ``(slices, rows, columns)`` float32, labels uint8 or None, Grid of the image).
 
     Raises:
-        DataError: see reading.read_pair.
+        DataError: see reading.read_pair; a channel of other shape or affine than the first.
     """
     image, labels, grid = read_pair(case.image, case.mask, values, axis)
     slices = lambda volume: None if volume is None else upright_slices(volume, grid.axis)
-    return slices(image), slices(labels), grid
+    channels = [slices(image)]
+    for file in case.others:
+        other, _, on = read_pair(file, axis=axis)
+        if other.shape != image.shape or not np.allclose(grid.canonical, on.canonical, atol=1e-3):
+            raise DataError(f"{file} and {case.image} have different shapes or affines: resample one onto the other")
+        channels.append(slices(other))
+    return channels, slices(labels), grid
 
 
 def write_scan(slices, grid, file):

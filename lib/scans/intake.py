@@ -50,8 +50,7 @@ def digest(file):
 
 def prints_of(case, settings, plan):
     """Fingerprint of what a case's images in the store are made from."""
-    files = [case.image, case.mask] if case.mask else [case.image]
-    return fingerprint([digest(file) for file in files], list(plan), settings.labels, settings.drawn, IMAGES)
+    return fingerprint([digest(file) for file in case.files], list(plan), settings.labels, settings.drawn, IMAGES)
 
 
 def take_in(settings, found, plan, store):
@@ -81,7 +80,7 @@ def take_in(settings, found, plan, store):
         try:
             key = prints_of(case, settings, plan)
             if not store.has(case.name, key):
-                image, labels, grid = read_case(case, plan.axis, allowed)
+                channels, labels, grid = read_case(case, plan.axis, allowed)
                 if plan.space == "volumes" and grid.slices[0] == 1:
                     raise DataError(
                         f"{case.image} is a single slice among volumes: leave it out, or set folder.space=slices"
@@ -91,7 +90,8 @@ def take_in(settings, found, plan, store):
                     labels, drawn, taken = drawn_part(labels, settings.drawn, plan.axis)
                     masks = plan.labels(labels, grid, drawn), plan.drawn(drawn, grid)
                     more = {"values": np.unique(labels[labels > 0]).tolist(), "taken": taken}
-                store.add(case.name, key, plan.images(scaled(image), grid), *masks, **more)
+                images = np.stack([plan.images(scaled(channel), grid) for channel in channels], axis=1)
+                store.add(case.name, key, images, *masks, **more)
             count = len(store.images(case.name))
             if not len(range(count)[first : last + 1]):
                 raise DataError(f"{case.image} has {count} slices, none from {first} to {last}: change folder.slices")
@@ -217,7 +217,7 @@ def build(settings, plan, store, intake, held_out):
         for name, k in thinned(group, most)
     ]
     empty = np.zeros(plan.canvas, np.uint8)
-    middle = lambda image: placed(image[None], plan.canvas)[0]  # of a scan that is larger than the canvas
+    middle = lambda labels: placed(labels[None], plan.canvas)[0]  # of a scan that is larger than the canvas
     to_class = np.zeros(256, np.uint8)
     to_class[intake.values] = np.arange(1, len(intake.values) + 1)
     return OwnCohort(
@@ -228,7 +228,7 @@ def build(settings, plan, store, intake, held_out):
         voxel_mm=np.array(plan.spacing),
         classes=class_names(intake.values),
         # Each is copied at once: what remains a view of the map keeps its file open.
-        images=np.stack([middle(store.images(name)[k].astype(np.float32)) for name, k, *_ in rows]),
+        images=np.stack([placed(store.images(name)[k].astype(np.float32), plan.canvas) for name, k, *_ in rows]),
         labels=np.stack(
             [middle(own_labels(store, name, k, to_class)) if masked else empty for name, k, _, masked in rows]
         ),

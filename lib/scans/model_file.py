@@ -24,9 +24,10 @@ class Model(NamedTuple):
     """Segmentation networks of the same kind, whose mean is the mask, and what is needed to apply them.
 
     ``about``: classes (names), values (label value of each class in the masks), space, axis, spacing and canvas (of
-    planning.Plan), root (channels of the finest level), normalisation, pseudo_masks (of the test-time augmentation),
-    symmetric, fingerprint (of training data and settings), licence (of the training data) and calibration (rows: number
-    of a held-out subject, and mean confidence and DSC of one of its cases or of a worse view of it).
+    planning.Plan), channels (what the names of their files end with), root (channels of the finest level),
+    normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and settings),
+    licence (of the training data) and calibration (rows: number of a held-out subject, and mean confidence and DSC of
+    one of its cases or of a worse view of it).
     """
 
     networks: list
@@ -55,6 +56,7 @@ REQUIRED = {
     "axis": int,
     "spacing": list,
     "canvas": list,
+    "channels": list,
     "root": int,
     "normalisation": str,
     "pseudo_masks": dict,
@@ -128,7 +130,9 @@ def load_model(file):
             raise ValueError(f"space is {about['space']!r}")
         networks, strides = [], plan_in(about).strides
         for k in range(int(about["networks"])):
-            network = ResidualUNet(len(about["classes"]), about["normalisation"], about["root"], strides)
+            network = ResidualUNet(
+                len(about["classes"]), about["normalisation"], about["root"], strides, len(about["channels"])
+            )
             own = {name.split("/", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{k}/")}
             if not all(torch.isfinite(value).all() for value in own.values()):
                 raise ValueError("a weight is not finite")

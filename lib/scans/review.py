@@ -31,7 +31,10 @@ class Review:
         self.table = table[table["status"] == "done"].set_index("case")
         options = settings.folder
         self.output = Path(options.output)
-        self.cases = {case.name: case for case in find_cases(options.images, options.masks or None, options.pattern)}
+        self.cases = {
+            case.name: case
+            for case in find_cases(options.images, options.masks or None, options.pattern, options.channels)
+        }
         self.volumes = lru_cache(1)(self.volumes)  # one may be gigabytes
 
     def volumes(self, name):

@@ -71,7 +71,9 @@ def segment_folder(settings):
     with at_work(settings) as output:
         options = settings.folder
         model = load_model(options.model) if options.model else None
-        found = find_cases(options.images, options.masks or None, options.pattern)
+        if model:
+            options["channels"] = [] if model.about["channels"] == [""] else model.about["channels"]
+        found = find_cases(options.images, options.masks or None, options.pattern, options.channels)
         plan = model.plan if model else plan_of(options, found)
         tqdm.write(f"{plan.title}; folder.space says otherwise")
         store = Store(output / "work" / "scans")
@@ -195,6 +197,7 @@ def trained(settings, plan, store, intake, output, progress):
     names = (
         "method",
         "drawn",
+        "channels",
         "slices",
         "subject",
         "symmetric",

@@ -37,9 +37,9 @@ class Store:
         """Write a case.
 
         Args:
-            images: ``(n, *space)`` in [0, 1], kept as float16.
-            labels: the same shape, uint8, or None.
-            drawn: the same shape, boolean, which pixels of the labels were drawn, or None for all.
+            images: ``(n, channels, *space)`` in [0, 1], kept as float16.
+            labels: ``(n, *space)`` uint8, or None.
+            drawn: ``(n, *space)`` boolean, which pixels of the labels were drawn, or None for all.
             more: what else the index shall say of it, as JSON has it.
 
         Raises:
@@ -65,7 +65,7 @@ class Store:
         return append(np.ascontiguousarray(array).data, self.folder / name)
 
     def images(self, name):
-        """``(n, *space)`` of a case in [0, 1], as a read-only memory map of float16."""
+        """``(n, channels, *space)`` of a case in [0, 1], as a read-only memory map of float16."""
         return self._map("images.bin", np.float16, name, "image")
 
     def labels(self, name):
@@ -80,7 +80,8 @@ class Store:
         entry = self.index[name]
         if entry[key] is None:
             return None
-        return np.memmap(self.folder / file, kind, "r", entry[key], tuple(entry["shape"]))
+        shape = entry["shape"] if key == "image" else [entry["shape"][0], *entry["shape"][2:]]
+        return np.memmap(self.folder / file, kind, "r", entry[key], tuple(shape))
 
 
 def checksum(*arrays):

@@ -69,6 +69,7 @@ def train(settings, plan, store, intake, progress):
         "axis": plan.axis,
         "spacing": list(plan.spacing),
         "canvas": list(plan.canvas),
+        "channels": options.channels or [""],
         "root": settings.volumes.root if plan.space == "volumes" else ROOT,
         "normalisation": settings.segmentation.normalisation,
         "pseudo_masks": settings.pseudo_masks,
@@ -177,7 +178,7 @@ def degraded_pairs(model, case, store, positions, settings, numerics):
     augmentation of training, up to folder.degradation times as strong.
     """
     options, augmentation, pairs = settings.folder, settings.strong.augmentation, []
-    images = numerics.tensor(np.asarray(store.images(case.name)[positions], np.float32)[:, None])
+    images = numerics.tensor(np.asarray(store.images(case.name)[positions], np.float32))
     labels = np.asarray(store.labels(case.name)[positions])
     drawn = store.drawn(case.name)
     parts = [labels == value for value in model.about["values"]]
@@ -188,10 +189,10 @@ def degraded_pairs(model, case, store, positions, settings, numerics):
         seen, truth = place(
             images, masks, generator, stronger, options.symmetric, bend=False, spacing=model.plan.spacing
         )
-        seen, counts = light(seen, generator, stronger), 1
+        seen, counts = light(seen.flatten(0, 1)[:, None], generator, stronger).view_as(seen), 1
         if drawn is not None:
             truth, counts = truth[:, :-1], truth[:, -1:]
-        soft = torch.cat(list(soft_masks(model, seen[:, 0], numerics)))
+        soft = torch.cat(list(soft_masks(model, seen, numerics)))
         pair = [(part * counts).movedim(0, 1)[None] for part in (soft, truth)]
         pairs.append([confidence_of(soft), float(dice(*pair).mean())])
     return pairs

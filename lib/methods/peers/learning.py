@@ -48,8 +48,8 @@ class Lesson:
         return place(images, masks, generator, self.options.augmentation, self.data.symmetric, bend, spacing)
 
     def light(self, images, generator):
-        """Images with other intensities: see augment.light."""
-        return light(images, generator, self.options.augmentation)
+        """Images with other intensities, every channel by itself: see augment.light."""
+        return light(images.flatten(0, 1)[:, None], generator, self.options.augmentation).view_as(images)
 
     def known(self, count, generator, bend=True):
         """``count`` labelled images and their masks, augmented."""

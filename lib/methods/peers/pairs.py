@@ -62,11 +62,11 @@ def register_pairs(experiment):
     generator = numerics.generator(experiment.settings.seed, *SEEDS, "pairs")
     count = min(options.candidates, len(data.labelled))
     tried = experiment.draw_sources(data.unlabelled, count, generator)
-    size, sources, fields, clock = numerics.batch(data.images), [], [], Clock(numerics.device)
+    size, sources, fields, clock = numerics.batch(data.guides), [], [], Clock(numerics.device)
     for targets, chosen in tqdm(list(zip(data.unlabelled.split(size), tried.split(size))), desc="pairs", unit="batch"):
-        target, found, similar = data.images[targets], [], []
+        target, found, similar = data.guides[targets], [], []
         for candidate in chosen.T:
-            source = data.images[data.labelled[candidate]]
+            source = data.guides[data.labelled[candidate]]
             with numerics.autocast():
                 field = network.register(source, target)
             found.append(field)
@@ -88,6 +88,8 @@ def draw_pairs(lesson, fields, count, generator):
         (unlabelled images, warped images, warped masks).
     """
     index, sources, chosen = fields.draw(count, generator)
+    channels = lesson.labelled.shape[1]
     warped = warp(torch.cat((lesson.labelled[sources], lesson.masks[sources]), 1), chosen)
-    images, masks = lesson.move(torch.cat((lesson.unlabelled[index], warped[:, :1]), 1), warped[:, 1:], generator)
-    return lesson.light(images[:, :1], generator), lesson.light(images[:, 1:], generator), masks
+    both = torch.cat((lesson.unlabelled[index], warped[:, :channels]), 1)
+    images, masks = lesson.move(both, warped[:, channels:], generator)
+    return *(lesson.light(part, generator) for part in images.split(channels, dim=1)), masks
