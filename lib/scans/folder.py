@@ -101,7 +101,7 @@ def find_cases(images, masks=None, pattern="{case}", channels=()):
         channels: see ``by_channel``; the case's name is the image's without the channel.
 
     Raises:
-        DataError: see ``nifti_files`` and ``by_channel``; no image; a mask without an image; a pattern without ``{case}``.
+        DataError: see ``nifti_files`` and ``by_channel``; no image; a mask without one; a pattern without ``{case}``.
     """
     if "{case}" not in pattern:
         raise DataError(f"the pattern '{pattern}' of the masks' names does not hold {{case}}: write e.g. {{case}}_mask")
