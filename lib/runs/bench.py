@@ -1,4 +1,4 @@
-"""`make bench`: what memory layout, allocator and bfloat16 bring, measured in one run at 256 x 256.
+"""`make bench`: what memory layout, allocator and bfloat16 bring, measured in one run at 256 x 256 and in 3D.
 
 Plain PyTorch (contiguous float32, the system's allocator defaults) against the project's own path (lib.compute).
 The real training steps are timed, on made-up images, in turns, so that other work on the machine slows both alike;
@@ -13,15 +13,17 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from lib.compute import Numerics, best_device
 from lib.losses import registration_loss, soft_dice_loss
-from lib.models import MrRegNet, ResidualUNet
+from lib.models import ROOT, MrRegNet, ResidualUNet, strides_of
 from lib.pseudo_masks import generate
 from lib.runs.params import load, output_root
 
 SIDE, BATCH, REPEATS, TURNS = 256, 5, 5, 4
+VOLUME, VOLUMES = (48, 48, 64), 2  # voxels, and how many volumes there are in a batch
 TRAINED = 5  # steps before losses are compared: MrRegNet begins at the identity, whatever its precision
 
 
@@ -55,27 +57,37 @@ def seconds(work, device, repeats):
 
 
 class Work:
-    """The real training losses and pseudo-masks of both networks, on smooth made-up images."""
+    """The real training losses and pseudo-masks of both networks, on smooth made-up images or volumes.
 
-    def __init__(self, numerics, settings):
+    Args:
+        numerics: Numerics, or Plain.
+        settings: as params.load gives them.
+        space: sides of the images; None for slices of SIDE.
+    """
+
+    def __init__(self, numerics, settings, space=None):
         self.numerics, self.settings = numerics, settings
+        space, self.batch = (space, VOLUMES) if space else ((SIDE, SIDE), BATCH)
         generator = torch.Generator().manual_seed(0)
-        coarse = torch.rand(2 * BATCH, 1, 12, 12, generator=generator)
-        smooth = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
+        coarse = torch.rand(2 * self.batch, 1, *[12] * len(space), generator=generator)
+        smooth = interpolate(coarse, size=space, mode="bicubic" if len(space) == 2 else "trilinear").clamp(0, 1)
         self.images, self.masks = numerics.tensor(smooth), numerics.tensor((smooth > 0.6).float())
         torch.manual_seed(0)
-        self.segmentation, self.registration = numerics.place(ResidualUNet()), numerics.place(MrRegNet())
+        strides = strides_of([1] * len(space), space)
+        root = ROOT if len(space) == 2 else settings.volumes.root
+        self.segmentation = numerics.place(ResidualUNet(root=root, strides=strides))
+        self.registration = numerics.place(MrRegNet(strides=strides))
 
     def segmentation_loss(self):
         with self.numerics.autocast():
-            prediction = self.segmentation.segment(self.images[:BATCH])
-        return soft_dice_loss(prediction, self.masks[:BATCH])
+            prediction = self.segmentation.segment(self.images[: self.batch])
+        return soft_dice_loss(prediction, self.masks[: self.batch])
 
     def registration_loss(self):
-        source, target = self.images[:BATCH], self.images[BATCH:]
+        source, target = self.images.split(self.batch)
         with self.numerics.autocast():
             levels = self.registration(source, target)
-        guides = self.masks[:BATCH], self.masks[BATCH:]
+        guides = self.masks.split(self.batch)
         return registration_loss(levels, source, target, self.settings.registration.smoothness, *guides).total
 
     def pseudo_masks(self):
@@ -83,7 +95,7 @@ class Work:
         networks = self.segmentation, self.registration
         generate(
             networks,
-            self.images[:BATCH],
+            self.images[: self.batch],
             self.images,
             self.masks,
             self.settings.pseudo_masks,
@@ -117,23 +129,28 @@ class Work:
         return {name: float([step() for _ in range(TRAINED)][-1]) for name, step in self.training().items()}
 
     def times(self):
-        """Seconds per image (or pair) of every training step and of soft pseudo-masks, as lists."""
-        device = self.numerics.device
-        times = {f"{name}_train": seconds(step, device, REPEATS) for name, step in self.training().items()}
-        times["pseudo_mask"] = seconds(self.pseudo_masks, device, max(1, REPEATS // 2))
-        return {name: [one / BATCH for one in found] for name, found in times.items()}
+        """Seconds per image (or pair) of every training step, and of soft pseudo-masks of slices, as lists."""
+        device, whole = self.numerics.device, self.images.ndim == 5
+        ending = "train_3d" if whole else "train"
+        times = {f"{name}_{ending}": seconds(step, device, REPEATS) for name, step in self.training().items()}
+        if not whole:
+            times["pseudo_mask"] = seconds(self.pseudo_masks, device, max(1, REPEATS // 2))
+        return {name: [one / self.batch for one in found] for name, found in times.items()}
 
 
 def times_of(make_numerics, settings, sizes):
     """Work.times in a process of its own, because Numerics changes the allocator of the process for good."""
     globals().update(sizes)
-    return Work(make_numerics(), settings).times()
+    numerics = make_numerics()
+    return Work(numerics, settings).times() | Work(numerics, settings, VOLUME).times()
 
 
 LABELS = {
     "seg_train": "U-Net, training",
     "reg_train": "MrRegNet, training",
     "pseudo_mask": "soft pseudo-mask (2N = 10)",
+    "seg_train_3d": "U-Net in 3D, training",
+    "reg_train_3d": "MrRegNet in 3D, training",
 }
 
 
@@ -142,7 +159,7 @@ def main():
     device = best_device(settings.device)
     ways = {"plain": partial(Plain, device), "ours": partial(Numerics, settings.device, settings.precision)}
     times = {way: dict.fromkeys(LABELS, ()) for way in ways}
-    sizes = {"SIDE": SIDE, "BATCH": BATCH, "REPEATS": REPEATS}
+    sizes = {"SIDE": SIDE, "BATCH": BATCH, "REPEATS": REPEATS, "VOLUME": VOLUME, "VOLUMES": VOLUMES}
     spawn = multiprocessing.get_context("spawn")
     for _ in tqdm(range(TURNS), desc="turns", unit="turn"):
         for way, make in ways.items():
@@ -159,8 +176,12 @@ def main():
         "precision": numerics.precision,
         "side": SIDE,
         "batch": BATCH,
+        "volume": VOLUME,
+        "volumes": VOLUMES,
     }
-    print(f"\n{table['device']}, {table['threads']} threads, {SIDE} x {SIDE}, batch {BATCH}, {numerics.precision}\n")
+    sides = " x ".join(map(str, VOLUME))
+    print(f"\n{table['device']}, {table['threads']} threads, {numerics.precision}: {SIDE} x {SIDE}, batch {BATCH};")
+    print(f"in 3D {sides}, batch {VOLUMES}\n")
     print(f"{'seconds per image or pair':28}{'plain':>10}{'here':>10}{'speed-up':>10}")
     for name, label in LABELS.items():
         table |= {
