@@ -38,10 +38,10 @@ class Review:
         self.volumes = lru_cache(1)(self.volumes)  # one may be gigabytes
 
     def volumes(self, name):
-        """What there is of a case, ``(slices, rows, columns)`` each, and the shape of its pixels.
+        """What there is of a case, ``(slices, rows, columns)`` each, and the size of its voxels.
 
         Returns:
-            (image in [0, 1], labels, confidence, hand-drawn labels or None, height of a pixel over its width).
+            (image in [0, 1], labels, confidence, hand-drawn labels or None, mm between slices, rows and columns).
         """
         case, axis = self.cases[name], self.model.about["axis"]
         labels, confidence = (
@@ -49,7 +49,7 @@ class Review:
         )
         drawn = read_scan(case.mask, axis)[0].astype(np.uint8) if case.mask else None
         image, grid = read_scan(case.image, axis)
-        return scaled(image), labels.astype(np.uint8), confidence, drawn, grid.spacing[1] / grid.spacing[2]
+        return scaled(image), labels.astype(np.uint8), confidence, drawn, grid.spacing
 
     def channels(self, labels):
         """Labels ``(rows, columns)`` as masks ``(classes, rows, columns)``."""
@@ -93,22 +93,28 @@ class Review:
         )
 
     def contact_sheet(self, count=12, columns=6):
-        """The least certain cases: image with mask above, confidence below, at the slice where most is marked."""
+        """The least certain cases: image with mask above, confidence below, where most is marked.
+
+        Volumes that were segmented whole are shown in three planes.
+        """
         worst = self.table.sort_values(["predicted_dsc", "confidence"]).head(count)
+        across = range(3 if self.model.plan.space == "volumes" else 1)
+        high, columns = len(across) + 1, min(columns, len(worst))
         rows = -(-len(worst) // columns)
-        columns = min(columns, len(worst))
-        figure, axes = plt.subplots(2 * rows, columns, figsize=(2.1 * columns, 5 * rows), squeeze=False)
+        figure, axes = plt.subplots(high * rows, columns, figsize=(2.1 * columns, 2.5 * high * rows), squeeze=False)
         for ax in axes.flat:
             ax.axis("off")
         for k, (name, row) in enumerate(worst.iterrows()):
-            image, labels, confidence, _, aspect = self.volumes(name)
-            at = int((labels > 0).sum(axis=(1, 2)).argmax())
-            above, below = axes[2 * (k // columns) : 2 * (k // columns) + 2, k % columns]
+            image, labels, confidence, _, spacing = self.volumes(name)
+            *above, below = axes[high * (k // columns) : high * (k // columns) + high, k % columns]
             title = f"{name}\npredicted DSC {row['predicted_dsc']:.2f}"
-            draw(above, image[at], self.channels(labels[at]), title, colour=OTHER)
-            draw(below, image[at], heat=2 * (1 - confidence[at]), title=f"mean confidence {row['confidence']:.2f}")
-            for ax in (above, below):
-                ax.set_aspect(aspect)
+            for axis, ax in zip(across, above):
+                seen, marked = plane_of(image, labels, axis), plane_of(labels, labels, axis)
+                draw(ax, seen, self.channels(marked), title if axis == 0 else "", colour=OTHER)
+                ax.set_aspect(aspect_of(spacing, axis))
+            heat = 2 * (1 - plane_of(confidence, labels, 0))
+            draw(below, plane_of(image, labels, 0), heat=heat, title=f"mean confidence {row['confidence']:.2f}")
+            below.set_aspect(aspect_of(spacing, 0))
         figure.tight_layout()
         return figure
 
@@ -142,13 +148,27 @@ class Review:
         counts = {name: read_grid(self.cases[name].image, self.model.about["axis"]).slices[0] for name in order}
 
         def look(name, number, _):
-            image, labels, confidence, drawn, aspect = self.volumes(name)
+            image, labels, confidence, drawn, spacing = self.volumes(name)
             found = {
                 "image": image[number],
                 "prediction": self.channels(labels[number]),
                 "confidence": confidence[number],
-                "aspect": aspect,
+                "aspect": aspect_of(spacing, 0),
             }
             return found if drawn is None else {**found, "true mask": self.channels(drawn[number])}
 
         return Viewer(counts, look, classes=self.model.about["classes"])
+
+
+def plane_of(volume, labels, axis):
+    """The plane of ``volume`` across ``axis`` in which most of ``labels`` is marked; both (slices, rows, columns)."""
+    others = tuple(other for other in range(3) if other != axis)
+    at = int((labels > 0).sum(axis=others).argmax())
+    plane = volume.take(at, axis)
+    return plane if axis == 0 else plane[::-1]  # the last slice lies highest, or furthest to the front or right
+
+
+def aspect_of(spacing, axis):
+    """Height of a pixel of ``plane_of`` over its width."""
+    row, column = (mm for other, mm in enumerate(spacing) if other != axis)
+    return row / column
