@@ -9,6 +9,7 @@ from torch import nn
 from lib.warping import upsample_displacement
 
 LEVELS = 5
+LEAST = 4  # pixels that are left of a side at the coarsest level (nnU-Net's)
 ROOT = 16  # channels of the finest level of the U-Net (P1, section 2.3)
 CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}  # by the number of axes, as all that follows
 TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -26,10 +27,10 @@ def strides_of(spacing, space=None):
         spacing: of the voxels along every axis, in any unit.
         space: sides of the images; None for as large as need be.
     """
-    spacing, sides = list(spacing), list(space or [2**LEVELS] * len(spacing))
+    spacing, sides = list(spacing), list(space or [LEAST * 2 ** (LEVELS - 1)] * len(spacing))
     strides = []
     for _ in range(LEVELS - 1):
-        able = [side >= 8 for side in sides]
+        able = [side >= 2 * LEAST for side in sides]
         shortest = min([length for length, can in zip(spacing, able) if can], default=1)
         halved = [can and length < 2 * shortest for length, can in zip(spacing, able)]
         strides.append(tuple(1 + half for half in halved))

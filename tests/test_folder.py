@@ -193,7 +193,7 @@ BAD = {
     "broken gzip": (break_gzip, "cannot be read as NIfTI"),
     "empty": (lambda f: f.write_bytes(b""), "is empty"),
     "not NIfTI": (lambda f: f.write_bytes(b"hello" * 200), "cannot be read as NIfTI"),
-    "a folder": (lambda f: (f.unlink(), f.mkdir()), "cannot be read as NIfTI"),
+    "a folder": (lambda f: (f.unlink(), f.mkdir()), "holds no DICOM series that can be read"),
     "missing": (lambda f: f.unlink(), "does not exist"),
     "NaN": (lambda f: write(f, np.full((4, 4, 4), np.nan, np.float32)), "NaN"),
     "infinite": (lambda f: write(f, np.where(noise(4, 4, 4) > 500, np.inf, 0).astype(np.float32)), "infinite"),

@@ -38,7 +38,7 @@ def test_padding_repeats_the_edge_and_leaves_divisible_images_alone():
         ((1, 1, 1), None, [(2, 2, 2)] * 4),
         ((10, 1.4, 1.4), None, [(1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)]),  # the heart: 10 mm between slices
         ((2, 1), None, [(1, 2), (2, 2), (2, 2), (2, 2)]),
-        ((1, 1, 1), (7, 48, 48), [(2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 2)]),  # seven slices, then four, then two
+        ((1, 1, 1), (7, 48, 48), [(1, 2, 2)] * 3 + [(1, 1, 1)]),  # seven slices stay seven; six pixels stay six
     ],
 )
 def test_long_voxels_are_halved_when_the_others_have_caught_up(spacing, space, wanted):

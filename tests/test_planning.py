@@ -90,11 +90,11 @@ def test_a_scan_much_larger_than_the_canvas_is_seen_through_windows(tmp_path, mo
     about = {"pseudo_masks": {"n": 1, "rotation": 0, "shift": 0, "contrast": 0}, "symmetric": False}
     about |= {"space": "volumes", "axis": 2, "spacing": [1.0] * 3, "canvas": [16] * 3}
     monkeypatch.setattr(network, "segment", lambda images: seen.append(images[0].numel()) or (images > 0.5).float())
-    image = np.zeros((1, 40, 48, 33), np.float32)
-    image[:, 5:30, 8:40, 3:30] = 1
+    image = np.zeros((1, 1, 40, 48, 33), np.float32)
+    image[..., 5:30, 8:40, 3:30] = 1
     (soft,) = soft_masks(Model([network], about), image, Numerics("cpu", "float32"))
-    assert max(seen) == 16**3 and torch.equal((soft[0] > 0.5).float(), torch.as_tensor(image))
-    (soft,) = soft_masks(Model([network], about), image[:, :20, :20, :20], Numerics("cpu", "float32"))
+    assert max(seen) == 16**3 and torch.equal((soft > 0.5).float(), torch.as_tensor(image))
+    (soft,) = soft_masks(Model([network], about), image[..., :20, :20, :20], Numerics("cpu", "float32"))
     assert seen[-1] == 20**3 and soft.shape == (1, 1, 20, 20, 20)
 
 

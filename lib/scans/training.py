@@ -139,7 +139,7 @@ def fold_settings(settings, plan, number, divisor=1):
     training = own.strong.training
     if plan.space == "volumes":
         training.update(own.volumes.training)
-    training["batch"] = max(SMALLEST_BATCH, training.batch // divisor)
+    training["batch"] = max(min(SMALLEST_BATCH, training.batch), training.batch // divisor)
     if number:
         training["steps"] = max(1, round(own.folder.quick * training.steps))
         own.folder["unlabelled"] = 0
