@@ -1,0 +1,154 @@
+"""`python benchmarks/volumes.py`: masks of whole volumes from five drawn ones, by `make segment` and by others.
+
+Hippocampus, real MRI: some training subjects are drawn, test subjects are not and are scored. All ways get the same
+cases and the same cores. Writes own.csv and own.md to results/hippocampus3d/. Ways that need more than the project does
+are left out unless they are named; they need `pip install -r benchmarks/requirements.txt`.
+"""
+
+import argparse
+import csv
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from lib.cohorts.hippocampus import chosen_cases
+from lib.metrics import dice
+from lib.results.tables import as_markdown
+from lib.runs import params
+
+CASES = 25  # that are scored
+VALUES = {1: "anterior", 2: "posterior"}
+SPLIT = params.ROOT / "results" / "hippocampus_centre" / "split.csv"
+
+
+def write_folder(folder, labelled, draw):
+    """Images, and masks of the drawn ones; ``draw`` says which. Returns the masks of the others, by name."""
+    with open(SPLIT, newline="") as stream:
+        split = {row["subject"]: row["split"] for row in csv.DictReader(stream)}
+    files, _ = chosen_cases(params.load("strong", "hippocampus3d").hippocampus3d)
+    rng = np.random.default_rng([draw, 7])
+    pick = lambda part, count: rng.permutation(sorted(name for name in files if split.get(name) == part))[:count]
+    drawn, scored = pick("train", labelled), pick("test", CASES)
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for name in (*drawn, *scored):
+        shutil.copy(files[name][0], folder / "images" / f"{name}.nii.gz")
+    for name in drawn:
+        shutil.copy(files[name][1], folder / "masks" / f"{name}.nii.gz")
+    return {name: files[name][1] for name in scored}
+
+
+def by_segment(*changes):
+    """`make segment`, with settings."""
+
+    def way(folder, hidden):
+        words = [sys.executable, "-m", "lib.scans", folder / "images", folder / "out", "--masks", folder / "masks"]
+        words += [word for change in changes for word in ("-S", change)]
+        subprocess.run(words, cwd=params.ROOT, check=True)
+        return {name: labels_in(folder / "out" / f"{name}_mask.nii.gz") for name in hidden}
+
+    return way
+
+
+def by_ants(fuse):
+    """ANTs SyN with its defaults: every drawn volume is registered to every other one, and the warped masks fused."""
+
+    def way(folder, hidden):
+        import ants
+
+        image = lambda file: ants.image_read(str(file))
+        atlases = [(image(folder / "images" / mask.name), image(mask)) for mask in sorted((folder / "masks").iterdir())]
+        found = {}
+        for name in tqdm(hidden, desc="ANTs", unit="case"):
+            target, moved = image(folder / "images" / f"{name}.nii.gz"), []
+            for moving, mask in atlases:
+                fields = ants.registration(target, moving, type_of_transform="SyN", random_seed=1)["fwdtransforms"]
+                carry = lambda what, how: ants.apply_transforms(target, what, fields, interpolator=how)
+                moved.append((carry(moving, "linear"), carry(mask, "nearestNeighbor")))
+            found[name] = fuse(ants, target, moved)
+        return found
+
+    return way
+
+
+def majority(ants, target, moved):
+    """The label that most warped masks give."""
+    labels = np.stack([mask.numpy() for _, mask in moved])
+    return np.argmax([(labels == value).sum(axis=0) for value in (0, *VALUES)], axis=0)
+
+
+def joint_fusion(ants, target, moved):
+    """Joint label fusion (Wang et al., TPAMI 2013), where any warped mask marks anything or lies beside it."""
+    mask = ants.iMath(ants.threshold_image(sum(mask for _, mask in moved), 0.5, 1e9), "MD", 2)
+    images, labels = ([pair[k] for pair in moved] for k in (0, 1))
+    return ants.joint_label_fusion(target, mask, images, label_list=labels)["segmentation"].numpy().round()
+
+
+WAYS = {
+    "make segment": by_segment(),
+    "make segment, slices": by_segment("folder.space=slices", "folder.size=64"),
+    "ANTs SyN, majority vote": by_ants(majority),
+    "ANTs SyN, joint label fusion": by_ants(joint_fusion),
+}
+OURS = list(WAYS)[:2]
+
+
+def labels_in(file):
+    return np.asarray(nib.load(file).dataobj).round()
+
+
+def scores_of(found, hidden):
+    """DSC of every class and of the foreground, by case."""
+    rows = []
+    for name, file in hidden.items():
+        truth = labels_in(file)
+        masks = [
+            torch.as_tensor(np.stack([each == v for v in VALUES] + [each > 0]))[None] for each in (found[name], truth)
+        ]
+        rows.append(dice(*(mask.float() for mask in masks))[0].tolist())
+    return pd.DataFrame(rows, columns=[*VALUES.values(), "foreground"], index=list(hidden))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ways", nargs="*", default=OURS, help=f"some of: {'; '.join(WAYS)}")
+    parser.add_argument("--labelled", type=int, nargs="*", default=[5])
+    parser.add_argument("--draws", type=int, default=1)
+    given = parser.parse_args()
+    if unknown := set(given.ways) - set(WAYS):
+        parser.error(f"{', '.join(unknown)}: not one of {', '.join(WAYS)}")
+    results = params.output_root() / "results" / "hippocampus3d"
+    results.mkdir(parents=True, exist_ok=True)
+    table = pd.read_csv(results / "own.csv") if (results / "own.csv").exists() else pd.DataFrame()
+    for labelled in given.labelled:
+        for draw in range(1, given.draws + 1):
+            for name in given.ways:
+                with tempfile.TemporaryDirectory() as folder:
+                    hidden = write_folder(Path(folder), labelled, draw)
+                    began = time.monotonic()
+                    found = WAYS[name](Path(folder), hidden)
+                    minutes = (time.monotonic() - began) / 60
+                scores = scores_of(found, hidden)
+                classes = scores[list(VALUES.values())].mean(axis=1)
+                row = {"method": name, "n_labelled": labelled, "draw": draw, "n_scored": len(hidden)}
+                row |= {"dsc_mean": classes.mean(), "dsc_worst": classes.min(), **scores.mean(), "minutes": minutes}
+                own = ["method", "n_labelled", "draw"]
+                table = pd.concat([table, pd.DataFrame([row])]).drop_duplicates(own, keep="last").sort_values(own[1:])
+                table.round(4).to_csv(results / "own.csv", index=False)
+                print(row, flush=True)
+    (results / "own.md").write_text(as_markdown(table.round(3).to_dict("records")))
+
+
+if __name__ == "__main__":
+    main()
