@@ -10,6 +10,8 @@ import torch
 
 from lib import DataError
 
+BYTES_PER_PIXEL = 2**14  # of a GPU's memory that are set aside for a pixel: networks without gradients take a quarter
+
 
 def best_device(name="auto"):
     """The torch device called ``name``; ``auto`` is the GPU where there is one, else the CPU."""
@@ -50,6 +52,10 @@ class Numerics:
             raise ValueError(f"precision '{precision}' is not one of auto, bfloat16, float32")
         self.precision = precision
         self.share = 1.0  # of the memory that is usually there
+        if self.device.type == "cuda":
+            # Otherwise convolutions of float32 round their inputs to ten bits, and sums come in any order.
+            torch.backends.cudnn.allow_tf32 = precision == "bfloat16"
+            torch.backends.cudnn.deterministic = True
         keep_heap()
 
     @property
@@ -81,7 +87,9 @@ class Numerics:
         Args:
             images: ``(n, channels, *space)``.
         """
-        pixels = 2**18 if self.device.type == "cpu" else 2**24
+        pixels = 2**18
+        if self.device.type == "cuda":
+            pixels = torch.cuda.get_device_properties(self.device).total_memory // BYTES_PER_PIXEL
         return max(1, int(self.share * pixels) // math.prod(images.shape[2:]))
 
     def sharing(self, share):
