@@ -136,7 +136,7 @@ FILTER = {2: F.conv2d, 3: F.conv3d}  # by the number of axes
 
 def lower_resolution(images, factor):
     """Images ``(n, 1, *space)`` shrunk to ``factor`` of their sides and enlarged again, as a coarser scan."""
-    space = images.shape[2:]
+    space, images = images.shape[2:], images.contiguous()  # on a GPU pooling reads past the strides that blur leaves
     return interpolate(F.interpolate(images, size=[max(2, round(factor * side)) for side in space], mode="area"), space)
 
 

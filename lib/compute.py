@@ -38,13 +38,14 @@ class Numerics:
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto`` (bfloat16 where the hardware has it), ``bfloat16`` or ``float32``.
+        deterministic: on a GPU, convolutions whose sums come in the same order in every run.
 
     Only networks run under autocast. Losses, sampling grids and displacement fields stay in float32.
     """
 
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}  # memory layout, by the number of dimensions
 
-    def __init__(self, device="auto", precision="auto"):
+    def __init__(self, device="auto", precision="auto", deterministic=False):
         self.device = best_device(device)
         if precision == "auto":
             precision = "bfloat16" if has_bfloat16(self.device) else "float32"
@@ -53,9 +54,9 @@ class Numerics:
         self.precision = precision
         self.share = 1.0  # of the memory that is usually there
         if self.device.type == "cuda":
-            # Otherwise convolutions of float32 round their inputs to ten bits, and sums come in any order.
-            torch.backends.cudnn.allow_tf32 = precision == "bfloat16"
-            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.allow_tf32 = precision == "bfloat16"  # else inputs are rounded to ten bits
+            torch.backends.cudnn.deterministic = deterministic
+            torch.backends.cudnn.benchmark = not deterministic  # the fastest convolution, found by trying
         keep_heap()
 
     @property

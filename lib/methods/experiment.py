@@ -44,7 +44,7 @@ class Experiment:
     def __init__(self, settings):
         self.settings = settings
         self.after_step = lambda: None
-        self.numerics = Numerics(settings.device, settings.precision)
+        self.numerics = Numerics(settings.device, settings.precision, settings.deterministic)
         self.cabinet = Cabinet(settings, self.numerics)
         file = cohort_file(settings)
         self.cohort = load_cohort(file)

@@ -103,7 +103,7 @@ def what_is_to_do(settings, plan, store, intake, model):
 
 def segment_cases(settings, model, store, intake, output, progress):
     """Rows of cases.csv, as dictionaries; cases that are finished are taken from the log of the runs before."""
-    numerics = Numerics(settings.device, settings.precision)
+    numerics = Numerics(settings.device, settings.precision, settings.deterministic)
     model = model.to(numerics)
     slices = chosen_slices(settings.folder, store, intake.cases)
     log_file = output / "work" / "cases.jsonl"
