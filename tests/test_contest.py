@@ -8,10 +8,10 @@ from lib.runs import params
 GAIN = 0.05
 
 
-def scores(methods, draws=(1, 2), subjects=12, labelled=(1, 5)):
+def scores(methods, draws=(1, 2), subjects=12, labelled=(1, 5), level=()):
     """Two slices a subject; joint+ is GAIN above bcp on every one, and bcp above fs."""
     rng, rows = np.random.default_rng(0), []
-    level = {"fs": -0.05, "bcp": 0.0, contest.OURS: GAIN}
+    level = {"fs": -0.05, contest.BASELINE: -0.02, "bcp": 0.0, contest.OURS: GAIN, **dict(level)}
     for number in labelled:
         for seed in draws:
             for subject in range(subjects):
@@ -91,14 +91,14 @@ def test_a_variant_is_compared_with_its_method_on_the_draws_that_both_have():
 
 
 def test_external_cases_have_rows_of_their_own():
-    rows = scores(["fs", contest.OURS], labelled=(1,))
+    rows = scores([contest.BASELINE, contest.OURS], labelled=(1,))
     further = rows.assign(cohort="c, external", subject="x" + rows["subject"], dsc=rows["dsc"] - 0.1)
     table = contest.contest(pd.concat([further, rows], ignore_index=True), params.load())
     assert table["split"].tolist() == ["test"] * 2 + ["external"] * 2
     fallen = table["dsc_mean"].iloc[:2].to_numpy() - table["dsc_mean"].iloc[2:].to_numpy()
     assert fallen == pytest.approx([0.1, 0.1]) and "| external" in contest.markdown(table)
-    (line, *_) = contest.chart(table).axes[0].get_lines()
-    assert line.get_ydata().tolist() == table["dsc_mean"].iloc[:1].tolist()  # test images alone are drawn
+    (drawn,) = contest.chart(table).axes[0].containers
+    assert len(drawn.lines[0].get_ydata()) == 1  # test images alone are drawn
 
 
 def test_what_chooses_by_validation_has_rows_of_its_own_that_say_how_many_masks_it_looked_at():
@@ -118,8 +118,31 @@ def test_where_nothing_has_run_the_table_says_so():
     assert len(table) == 0 and "has not been run" in contest.markdown(table)
 
 
-def test_every_method_that_has_run_is_drawn_with_its_interval():
-    axes, cost = contest.chart(contest.contest(scores(["fs", contest.OURS]), params.load())).axes
-    assert "CPU (1 threads)" in cost.get_xlabel() and len(cost.texts) == 4  # two methods, one and five labelled
-    assert [line.get_label() for line in axes.get_lines()] == ["fs", contest.OURS]
+def test_every_method_is_drawn_by_its_difference_from_the_baseline():
+    table = contest.contest(scores(["fs", contest.BASELINE, contest.OURS]), params.load())
+    (axes,) = contest.chart(table).axes
+    drawn = {each.get_label(): each.lines[0].get_ydata() for each in axes.containers}
+    assert set(drawn) == {"fs", contest.OURS}
+    assert drawn[contest.OURS] == pytest.approx([GAIN + 0.02] * 2) and drawn["fs"] == pytest.approx([-0.03] * 2)
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "5"]
+
+
+def test_a_peer_with_fewer_draws_is_compared_on_those():
+    """Its mean is the highest because its only draw is an easy one; joint+ leads it there by more than bcp."""
+    rows = scores(["bcp", "mt", contest.OURS], labelled=(1,), level={"mt": -0.01})
+    easy = rows.assign(dsc=rows["dsc"] + 0.1 * (rows["seed"] == 1))
+    table = contest.contest(easy[(easy["method"] != "mt") | (easy["seed"] == 1)], params.load())
+    by_method = table.set_index("method")
+    assert by_method["dsc_mean"]["mt"] > by_method["dsc_mean"]["bcp"]
+    assert by_method["best_peer"][contest.OURS] == "bcp"
+    assert by_method["best_peer_difference"][contest.OURS] == pytest.approx(GAIN)
+
+
+def test_minutes_are_those_of_the_cpu_where_a_draw_ran_on_one():
+    rows = scores(["bcp", contest.OURS], labelled=(1,))
+    on_gpu = (rows["seed"] == 2) | (rows["method"] == contest.OURS)
+    rows = rows.assign(minutes=rows["minutes"].mask(on_gpu, 0.5), device=rows["device"].mask(on_gpu, "NVIDIA H100"))
+    table = contest.contest(rows, params.load()).set_index("method")
+    assert table["minutes"].to_dict() == {"bcp": 3.0, contest.OURS: 0.5}
+    assert table["device"].to_dict() == {"bcp": "CPU (1 threads)", contest.OURS: "NVIDIA H100"}
+    assert "0.5 (GPU)" in contest.markdown(table.reset_index())

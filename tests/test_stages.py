@@ -45,7 +45,8 @@ def stale(before, after):
 
 
 TRAINING = {"segmentation", "registration", "joint", "mean_teacher", "peers", "joint_plus", "cctr"}
-EVALUATED = {"evaluation", "grid", "own_data", "capacity", "contest_items"}
+OWN = {"own_data", "capacity", "volumes"}
+EVALUATED = {"evaluation", "grid", "contest_items", *OWN}
 TRAINED = {*TRAINING, *EVALUATED, "figure2"}
 
 
@@ -66,7 +67,7 @@ TRAINED = {*TRAINING, *EVALUATED, "figure2"}
         ("results/figures/comparisons.py", {"table1"}),
         ("results/pages.py", {"pages"}),
         ("runs/bench.py", {"bench"}),
-        ("scans/store.py", {"own_data", "capacity"}),
+        ("scans/store.py", OWN),
         ("results/costs.py", set()),
     ],
 )

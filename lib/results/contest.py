@@ -22,6 +22,7 @@ from lib.runs import params
 RESAMPLES = 2000
 SELECTIONS = {"": "none", "chosen by validation": "validation", "validation masks train": "training"}  # by variant
 OURS = "joint+"
+BASELINE = "fs+elastic"
 SCORED = ["cohort", "method", "n_labelled", "seed", "variant", "subject", "class", "dsc", "hd95", "minutes", "device"]
 ABLATED = [
     "cohort",
@@ -53,6 +54,9 @@ COLUMNS = [
     "hd95_mean",
     "minutes",
     "device",
+    "baseline_difference",
+    "baseline_low",
+    "baseline_high",
     "best_peer",
     "best_peer_difference",
     "difference_low",
@@ -100,9 +104,9 @@ def contest(rows, settings):
         settings: of the pipeline; section ``strong`` says how many images were seen.
 
     Returns:
-        pandas.DataFrame with COLUMNS, one row per number of labels, selection and method. The difference is joint+'s
-        from its best peer, the method with the highest mean DSC besides it and the same selection, on the draws and
-        subjects that both have.
+        pandas.DataFrame with COLUMNS, one row per number of labels, selection and method. All differences are on the
+        draws and subjects that both have: means over other draws cannot be compared. Every method has one from
+        fs+elastic, and joint+ one from its best peer, the method of the same selection that it leads by least.
     """
     training, table, looked_at = settings.strong.training, [], validation_masks(settings)
     rows = rows[rows["variant"].isin(SELECTIONS)]
@@ -110,8 +114,9 @@ def contest(rows, settings):
     keys = ["split", "cohort", "n_labelled", "selection"]
     for (split, cohort, labelled, selection), group in rows.groupby(keys, sort=True):
         scores = {method: by_draw(found, "dsc") for method, found in group.groupby("method")}
-        peers = {method: float(found.to_numpy().mean()) for method, found in scores.items() if method != OURS}
-        best = max(peers, key=peers.get) if peers else ""
+        leads = {method: gain(scores[OURS], found) for method, found in scores.items() if OURS in scores}
+        leads = {method: found.mean() for method, found in leads.items() if method != OURS and len(found)}
+        best = min(leads, key=leads.get) if leads else ""
         for method in (name for name in by_name() if name in scores):
             found, own = scores[method], group[group["method"] == method]
             low, high = interval(found.to_numpy())
@@ -133,15 +138,30 @@ def contest(rows, settings):
                 "dsc_of_draws_sd": float(found.mean(axis=1).std()),
                 "hd95_mean": float(by_draw(own, "hd95").to_numpy().mean()),
             }
-            row |= {"minutes": own.groupby("seed")["minutes"].first().min(), "device": own["device"].mode()[0]}
+            row |= cost(own)
+            if method != BASELINE and BASELINE in scores and len(more := gain(found, scores[BASELINE])):
+                row["baseline_difference"] = float(more.mean())
+                row["baseline_low"], row["baseline_high"] = interval(more)
             if method == OURS and best:
-                both = found.index.intersection(scores[best].index)
-                gain = (found.loc[both] - scores[best].loc[both]).to_numpy()
-                row |= {"best_peer": best, "best_peer_difference": float(gain.mean())}
-                row["difference_low"], row["difference_high"] = interval(gain)
+                more = gain(found, scores[best])
+                row |= {"best_peer": best, "best_peer_difference": float(more.mean())}
+                row["difference_low"], row["difference_high"] = interval(more)
             table.append(row)
     order = {split: place for place, split in enumerate(FURTHER)}
     return pd.DataFrame(table, columns=COLUMNS).sort_values("split", key=lambda of: of.map(order), kind="stable")
+
+
+def gain(scores, others):
+    """Scores of one method minus those of another, on the draws that both have: array ``(draws, subjects)``."""
+    both = scores.index.intersection(others.index)
+    return (scores.loc[both] - others.loc[both]).to_numpy()
+
+
+def cost(rows):
+    """Minutes of the fastest draw of a method and the device it ran on: a CPU, where one of the draws did."""
+    on_cpu = rows[rows["device"].str.startswith("CPU")]
+    rows = on_cpu if len(on_cpu) else rows
+    return {"minutes": rows["minutes"].min(), "device": rows["device"].mode()[0]}
 
 
 def validation_masks(settings):
@@ -163,10 +183,10 @@ def ablation(rows):
         whole = group[group["variant"] == ""]
         for variant, found in group[group["variant"] != ""].groupby("variant", sort=False):
             varied, same = by_draw(found, "dsc"), by_draw(whole, "dsc")
-            both = varied.index.intersection(same.index)
-            if not len(both):
+            change = gain(varied, same)
+            if not len(change):
                 continue
-            change = (varied.loc[both] - same.loc[both]).to_numpy()
+            both = varied.index.intersection(same.index)
             scores = len(both), float(varied.loc[both].to_numpy().mean()), float(change.mean())
             table.append([cohort, method, labelled, variant, *scores, *interval(change)])
     return pd.DataFrame(table, columns=ABLATED)
@@ -196,12 +216,14 @@ def markdown(table):
     if not len(table):
         return "The contest has not been run: `make contest`, see params.yaml.\n"
     rows = []
+    between = lambda row, *names: "{:+.3f} ({:+.3f} to {:+.3f})".format(*row[list(names)])
     for _, row in table.iterrows():
-        gain = ""
+        baseline = peer = ""
+        if pd.notna(row["baseline_difference"]):
+            baseline = between(row, "baseline_difference", "baseline_low", "baseline_high")
         if row["best_peer"] and pd.notna(row["best_peer_difference"]):
-            gain = "{:+.3f} ({:+.3f} to {:+.3f}) against {}".format(
-                *row[["best_peer_difference", "difference_low", "difference_high"]], row["best_peer"]
-            )
+            peer = between(row, "best_peer_difference", "difference_low", "difference_high")
+            peer += f" against {row['best_peer']}"
         rows.append(
             {
                 **({"images": row["split"]} if len(table["split"].unique()) > 1 else {}),
@@ -213,47 +235,35 @@ def markdown(table):
                 "sd of draws": figure(row["dsc_of_draws_sd"], 3),
                 "HD95 (px)": figure(row["hd95_mean"], 2),
                 "images seen": f"{row['images_seen']:,}",
-                "minutes": figure(row["minutes"], 1),
+                "minutes": figure(row["minutes"], 1) + ("" if row["device"].startswith("CPU") else " (GPU)"),
                 "selection": row["selection"],
                 "hidden masks": row["hidden_masks"],
-                "difference from the best peer": gain,
+                f"difference from {BASELINE}": baseline,
+                "difference from the best peer": peer,
             }
         )
     return as_markdown(rows)
 
 
 def chart(table):
-    """DSC against the number of labels and against minutes of training; a colour per method, intervals as bands."""
-    figure, (axes, cost) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    """DSC minus that of fs+elastic on the same draws, with intervals: a colour per method, side by side per label."""
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     table = table[(table["split"] == "test") & (table["selection"] == "none")]
-    for name, method in by_name().items():
-        rows = table[table["method"] == name]
-        if len(rows):
-            front = {"linewidth": 2.5, "zorder": 3} if name == OURS else {"linewidth": 1.2}
-            axes.plot(rows["n_labelled"], rows["dsc_mean"], marker="o", color=method.colour, label=name, **front)
-            axes.fill_between(
-                rows["n_labelled"], rows["dsc_low"], rows["dsc_high"], color=method.colour, alpha=0.12, lw=0
-            )
-            cost.errorbar(
-                rows["minutes"],
-                rows["dsc_mean"],
-                (rows["dsc_mean"] - rows["dsc_low"], rows["dsc_high"] - rows["dsc_mean"]),
-                fmt="o",
-                color=method.colour,
-                elinewidth=1,
-            )
-            for _, row in rows.iterrows():
-                at = (row["minutes"], row["dsc_mean"])
-                cost.annotate(row["n_labelled"], at, (4, 3), textcoords="offset points", fontsize=7)
+    ticks = sorted(table["n_labelled"].unique())
+    present = [name for name in by_name() if name in set(table["method"]) - {BASELINE}]
+    axes.axhline(0, color=by_name()[BASELINE].colour, lw=1, label=BASELINE)
+    for place, name in enumerate(present):
+        rows = table[(table["method"] == name) & table["baseline_difference"].notna()]
+        value, low, high = (rows[f"baseline_{column}"] for column in ("difference", "low", "high"))
+        apart = 0.7 * (place / max(1, len(present) - 1) - 0.5)  # side by side: intervals would hide one another
+        at = [ticks.index(n) + apart for n in rows["n_labelled"]]
+        style = {"fmt": "o", "color": by_name()[name].colour, "elinewidth": 2.5 if name == OURS else 1.2}
+        axes.errorbar(at, value, (value - low, high - value), label=name, **style)
     if len(table):
-        ticks = sorted(table["n_labelled"].unique())
-        axes.set(xscale="log", title=f"{table['cohort'].iloc[0]}, recipe strong")
-        axes.set_xticks(ticks, [str(n) for n in ticks])
-        axes.minorticks_off()
-        axes.legend(fontsize=8)
-    axes.set(xlabel="labelled", ylabel="DSC")
-    cost.set(xlabel=f"minutes of training, {', '.join(sorted(table['device'].unique()))}; numbers: labelled")
-    figure.tight_layout()
+        axes.set_title(f"{table['cohort'].iloc[0]}, recipe strong")
+        axes.set_xticks(range(len(ticks)), [str(n) for n in ticks])
+    axes.set(xlabel="labelled", ylabel=f"DSC minus that of {BASELINE}")
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
