@@ -34,8 +34,9 @@ def pages():
 
 
 def headline():
-    """DSC of every method at every number of labels, on real data, as a Markdown table of strings with three digits.
+    """DSC of every method at every number of labels, on real data, as a Markdown table of strings.
 
+    In brackets the difference from fs+elastic on the draws that both have, and how many draws there are.
     Raises FileNotFoundError where contest.csv of one of COHORTS is missing.
     """
     columns = {}
@@ -44,10 +45,15 @@ def headline():
         chosen = (table["split"] == "test") & (table["selection"] == "none")
         for n, rows in table[chosen].groupby("n_labelled"):
             name = f"{table['cohort'].iloc[0]}, {n} {counted}{'s' if n > 1 else ''}"
-            columns[name] = rows.set_index("method")["dsc_mean"]
-    table = pd.DataFrame(columns).reindex(list(by_name())).dropna(how="all")
-    text = table.map(lambda value: "" if pd.isna(value) else f"{value:.3f}").rename_axis("DSC").reset_index()
-    return text.to_markdown(index=False, disable_numparse=True)
+            columns[name] = {row["method"]: scored(row) for _, row in rows.iterrows()}
+    table = pd.DataFrame(columns).reindex(list(by_name())).dropna(how="all").fillna("")
+    return table.rename_axis("DSC").reset_index().to_markdown(index=False, disable_numparse=True)
+
+
+def scored(row):
+    """A method's DSC in words, from its row of contest.csv."""
+    difference = "" if pd.isna(row["baseline_difference"]) else f"{row['baseline_difference']:+.3f}; "
+    return f"{row['dsc_mean']:.3f} ({difference}{row['draws']})"
 
 
 def methods():
