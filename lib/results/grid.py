@@ -3,7 +3,7 @@
 Runs the notebooks through papermill for every item that has no results yet, or results of other settings or code: of
 params.yaml's section ``grid``, P1's methods by its own recipe, or with ``--contest`` of section ``contest``. A killed
 run that is started again goes on with the missing items, and within an item with the missing steps. An item that fails
-is reported and does not stop the others.
+is reported and does not stop the others. Section ``cluster`` says where items run, see runs.cluster.
 """
 
 import argparse
@@ -12,15 +12,13 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from lib.methods import table
-from lib.runs import params, versions
+from lib.runs import cluster, params, versions
 from lib.runs.cabinet import PAIRS, Cabinet
 
 EVALUATION = "08_evaluation"
@@ -172,36 +170,83 @@ def cost_of(item, cohort):
     return {"minutes": round(sum(cost["seconds"] for cost in costs) / 60, 1), "device": costs[-1]["device"]}
 
 
-def run(item, settings, threads):
-    """Run the item's notebooks.
+def execute(notebook, item, settings, threads, **values):
+    """Run one notebook for an item, in a process of its own.
 
     Raises:
-        RuntimeError: a notebook failed; the message names the executed copy that holds its traceback.
+        RuntimeError: it failed; the message names the executed copy, which holds its traceback, and its log.
     """
-    folder, key = folder_of(item, settings), key_of(item, settings)
-    shutil.rmtree(folder, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if item.stage:
         changes = os.environ.get("JOINT_SET"), f"precision={settings.contest.precision}"
         environment["JOINT_SET"] = ",".join(filter(None, changes))
-    chosen = {"cohort": settings.cohort, "recipe": item.recipe, "rate": item.rate, "seed": item.seed}
+    values = {"cohort": settings.cohort, "recipe": item.recipe, "rate": item.rate, "seed": item.seed, **values}
+    if item.variant:
+        values["variant"] = item.variant
+    executed = params.work_folder("notebooks", "grid", settings.cohort, item.name, f"{notebook}.ipynb")
+    pairs = [part for name, value in values.items() for part in ("-p", name, json.dumps(value))]
+    command = [sys.executable, "-m", "lib.runs.notebooks", "run", notebook, "--to", str(executed), *pairs]
+    done = cluster.process(command, environment)
+    if done.returncode:
+        log = executed.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(done.stdout + done.stderr)
+        raise RuntimeError(f"{item.name}: {executed} failed, its log is {log}\n{done.stderr[-2000:]}")
+
+
+def prepare(item, settings, threads, environment):
+    """Pre-train the registration that an item shares with all of its recipe and seed."""
+    os.environ.update(environment)
+    execute(table.REGISTRATION.notebook, item, settings, threads)
+
+
+def run(item, settings, threads, environment, ready=None):
+    """Run the item's notebooks, but for the registration, which ``prepare`` has trained.
+
+    Args:
+        environment: see cluster.shared_environment.
+        ready: what ``prepare`` gave; Dask waits for it.
+
+    Returns:
+        The files of the item's results by name, for a client that does not share the worker's folder.
+
+    Raises:
+        RuntimeError: a notebook failed.
+    """
+    os.environ.update(environment)
+    folder, key = folder_of(item, settings), key_of(item, settings)
+    shutil.rmtree(folder, ignore_errors=True)
     for notebook in notebooks_of(item):
-        values = dict(chosen)
-        if item.variant:
-            values["variant"] = item.variant
-        if item.stage and notebook in (table.PEERS, EVALUATION):
-            values["stage"] = item.stage
+        if notebook == table.REGISTRATION.notebook:
+            continue
+        values = {"stage": item.stage} if item.stage and notebook in (table.PEERS, EVALUATION) else {}
         if notebook == EVALUATION:  # untrained methods, which have no recipe, run beside one of them
             values |= {"destination": str(folder), "untrained": item.rate < 100 and not item.stage}
-        executed = params.work_folder("notebooks", "grid", settings.cohort, item.name, f"{notebook}.ipynb")
-        pairs = [part for name, value in values.items() for part in ("-p", name, json.dumps(value))]
-        command = [sys.executable, "-m", "lib.runs.notebooks", "run", notebook, "--to", str(executed), *pairs]
-        done = subprocess.run(command, env=environment, cwd=params.ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{item.name}: {executed} failed\n{done.stderr[-2000:]}")
-    (folder / "item.json").write_text(
-        json.dumps({**item._asdict(), "key": key, **cost_of(item, settings.cohort)}) + "\n"
-    )
+        execute(notebook, item, settings, threads, **values)
+    marker = json.dumps({**item._asdict(), "key": key, **cost_of(item, settings.cohort)})
+    (folder / "item.json").write_text(marker + "\n")
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def keep(item, settings, files):
+    """Write an item's results where the worker that made them had another folder than this process."""
+    folder = folder_of(item, settings)
+    if not is_done(item, settings):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted(files, key="item.json".__eq__):  # the marker, which says that all is there, comes last
+            (folder / name).write_bytes(files[name])
+
+
+def submit(client, groups, settings, threads):
+    """Give all items to the workers; those of a group wait for its registration. A dictionary of future to item."""
+    futures, given = {}, (settings, threads, cluster.shared_environment())
+    for group in groups:
+        sharing = [item for item in group if table.REGISTRATION in stages_of(item)]
+        ready = client.submit(prepare, sharing[0], *given, pure=False) if sharing else None
+        for item in group:
+            after = ready if item in sharing else None
+            futures[client.submit(run, item, *given, after, pure=False, key=f"{item.name} of {settings.cohort}")] = item
+    return futures
 
 
 def main(arguments=()):
@@ -212,30 +257,37 @@ def main(arguments=()):
     settings = params.load(cohort=contest)
     groups = contest_of(settings) if contest else groups_of(settings)
     missing = [[item for item in group if not is_done(item, settings)] for group in groups]
-    total = sum(map(len, groups))
+    total, left = sum(map(len, groups)), sum(map(len, missing))
     (params.output_root() / "results" / "grid" / settings.cohort).mkdir(parents=True, exist_ok=True)
-    workers = max(1, min(settings.grid.workers, len(groups)))
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    if not left:
+        print(f"grid of {settings.cohort}: all {total} items are done")
+        return 0
+    workers = max(1, min(settings.grid.workers, left))
+    threads = settings.grid.threads or max(1, (os.cpu_count() or 1) // workers)
     failures = []
-    done = total - sum(map(len, missing))
-    with tqdm(total=total, initial=done, desc=f"grid of {settings.cohort}", unit="item") as bar:
+    with (
+        cluster.connect(settings, workers) as client,
+        tqdm(total=total, initial=total - left, desc=f"grid of {settings.cohort}", unit="item") as bar,
+    ):
+        from distributed import as_completed
 
-        def work(group):
-            for item in group:
-                try:
-                    run(item, settings, threads)
-                except RuntimeError as error:
-                    failures.append(str(error))
-                    tqdm.write(str(error), file=sys.stderr)
-                bar.set_postfix_str(item.name)
-                bar.update()
-
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, filter(None, missing)))
+        print(f"the workers can be watched at {client.dashboard_link}", file=sys.stderr)
+        futures = submit(client, filter(None, missing), settings, threads)
+        for future in as_completed(futures):
+            item = futures[future]
+            if future.status == "finished":
+                keep(item, settings, future.result())
+            else:
+                failures.append(item.name)
+                tqdm.write(f"{item.name}: {future.exception()}", file=sys.stderr)
+            bar.set_postfix_str(item.name)
+            bar.update()
     if failures:
         print(f"{len(failures)} of {total} items failed; run again to try them again", file=sys.stderr)
-    return bool(failures)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from lib.results.grid import main as run_all  # by its name, so that workers import what they are given
+
+    sys.exit(run_all(sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""Where many pieces of work run: on the cores of this machine, or on a cluster, by Dask.
+
+What the pieces share is files. A worker that dies is replaced, its piece goes to another one and resumes from its last
+checkpoint, where the workers share a folder. Dask carries what is small.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+from lib.runs.params import ROOT, work_folder
+
+SHARED = "JOINT_"  # environment variables that begin so hold on every worker as they do here
+EXTRAS = {"slurm": "dask-jobqueue", "kubernetes": "dask-kubernetes"}
+
+
+@contextmanager
+def connect(settings, workers):
+    """A dask.distributed.Client of as many workers, closed in the end together with whatever it has started.
+
+    Args:
+        settings: as params.load gives them. Section ``cluster`` says where; the environment variable ``CLUSTER``
+            stands in for its address.
+        workers: at most so many pieces of work run at a time. A running scheduler has the workers that it has.
+
+    Raises:
+        ValueError: an address that is none, or a package that is missing; the message says what to do.
+        OSError: no scheduler answers at the address.
+    """
+    import dask
+    from distributed import Client, LocalCluster
+
+    options, address = settings.cluster.options, os.environ.get("CLUSTER", settings.cluster.address)
+    dask.config.set({"distributed.comm.timeouts.connect": "20s"})
+    started = None
+    if not address:
+        started = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=0,  # what takes memory are processes of the pieces of work
+            dashboard_address="127.0.0.1:0",
+            local_directory=str(work_folder("dask")),
+        )
+    elif address in EXTRAS:
+        started = made(address, options)
+        started.scale(workers)
+    elif "://" not in address:
+        raise ValueError(
+            f"cluster '{address}' is not one of {', '.join(EXTRAS)} or an address such as tcp://host:8786; leave it "
+            "empty for the cores of this machine"
+        )
+    client = Client(started or address)
+    try:
+        yield client
+    finally:
+        client.close()
+        if started:
+            started.close()
+
+
+def made(kind, options):
+    """A cluster of one of EXTRAS with the options of its class."""
+    try:
+        if kind == "slurm":
+            from dask_jobqueue import SLURMCluster as Cluster
+        else:
+            from dask_kubernetes.operator import KubeCluster as Cluster
+    except ImportError as error:
+        raise ValueError(f"cluster '{kind}' needs a package: pip install {EXTRAS[kind]}") from error
+    return Cluster(**options)
+
+
+def shared_environment():
+    """The environment variables that pieces of work need on every worker."""
+    return {name: value for name, value in os.environ.items() if name.startswith(SHARED)}
+
+
+def own_gpu():
+    """Environment of a piece of work that gives each worker of this machine one of its GPUs, in turn.
+
+    Empty where there is at most one, and on the workers of a cluster, whose scheduler gives them theirs.
+    """
+    from distributed import get_worker
+
+    try:
+        number = get_worker().name
+    except ValueError:  # not on a worker at all
+        return {}
+    if not isinstance(number, int):
+        return {}
+    import torch
+
+    count = torch.cuda.device_count()
+    return {"CUDA_VISIBLE_DEVICES": str(number % count)} if count > 1 else {}
+
+
+def process(command, environment):
+    """Run a command from the repository's folder, on the GPU of this worker, and take down what it prints.
+
+    Returns:
+        subprocess.CompletedProcess, with text.
+    """
+    return subprocess.run(
+        command,
+        env=environment | own_gpu(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+
+
+def die_with_parent():
+    """To be called in a new process (``preexec_fn``): Linux kills it when the worker that has started it dies.
+
+    Otherwise it would go on beside the one that another worker starts in its place.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of sys/prctl.h

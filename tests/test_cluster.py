@@ -1,0 +1,119 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from test_training import made_up_cohort
+
+from lib.results import grid
+from lib.runs import cluster, params
+
+ITEM = grid.Item("strong", 20, 1, "", "elastic")
+PATIENCE = 120  # seconds
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """A small cohort in a folder of its own; training takes some seconds."""
+    monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
+    monkeypatch.setenv("JOINT_SET", "scale=smoke,device=cpu,scales.smoke.strong.training.steps=150")
+    settings = params.load()
+    made_up_cohort().save(params.cohort_file(settings))
+    return settings
+
+
+def wait_until(true):
+    """What ``true()`` gives, as soon as it is something."""
+    end = time.monotonic() + PATIENCE
+    while not (found := true()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def test_an_item_whose_worker_is_killed_goes_to_another_one_and_ends_with_the_same_bytes(settings, tmp_path):
+    folder = grid.folder_of(ITEM, settings)
+    whole = grid.run(ITEM, settings, 1, {})
+    grid.shutil.rmtree(folder)
+    grid.shutil.rmtree(params.work_folder("checkpoints"))
+    executed = params.work_folder("notebooks", "grid", settings.cohort, ITEM.name, "12_peers.ipynb")
+    executed.unlink()
+    with cluster.connect(settings, 2) as client:
+        (future,) = grid.submit(client, [[ITEM]], settings, 1)
+        wait_until(executed.exists)
+        (address,) = [address for address, tasks in client.processing().items() if tasks]
+        pid = client.run(os.getpid)[address]
+        children = wait_until(lambda: len(found := psutil.Process(pid).children(recursive=True)) > 1 and found)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+        again = future.result(timeout=PATIENCE)
+    assert sorted(again) == sorted(whole) and grid.is_done(ITEM, settings)
+    assert {name: again[name] for name in again if name != "item.json"} == {  # which holds the minutes
+        name: whole[name] for name in whole if name != "item.json"
+    }
+
+
+def test_a_process_dies_with_the_one_that_has_started_it():
+    code = (
+        "import subprocess, time; from lib.runs import cluster\n"
+        "print(subprocess.Popen(['sleep', '100'], preexec_fn=cluster.die_with_parent).pid, flush=True); time.sleep(100)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=params.ROOT)
+    child = psutil.Process(int(parent.stdout.readline()))
+    assert child.is_running()
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not child.is_running() or child.status() == "zombie")
+
+
+@pytest.mark.parametrize(
+    "address, says", [("somewhere", "is not one of slurm, kubernetes or an address"), ("slurm", "pip install dask-job")]
+)
+def test_an_address_that_is_none_and_a_missing_package_are_named(settings, monkeypatch, address, says):
+    monkeypatch.setenv("CLUSTER", address)
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with pytest.raises(ValueError, match=says), cluster.connect(settings, 1):
+        pass
+
+
+def test_slurm_gets_its_options_and_as_many_workers_as_are_asked_for(settings, monkeypatch):
+    asked = {}
+
+    class SLURMCluster:
+        def __init__(self, **options):
+            asked.update(options)
+
+        def scale(self, workers):
+            asked["workers"] = workers
+            raise InterruptedError  # before a client looks for a scheduler
+
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", type(sys)("dask_jobqueue"))
+    sys.modules["dask_jobqueue"].SLURMCluster = SLURMCluster
+    settings.cluster |= {"address": "slurm", "options": {"queue": "gpu", "cores": 8}}
+    with pytest.raises(InterruptedError), cluster.connect(settings, 5):
+        pass
+    assert asked == {"queue": "gpu", "cores": 8, "workers": 5}
+
+
+def test_a_running_scheduler_is_used_as_it_is(settings):
+    with cluster.connect(settings, 1) as first:
+        address = first.scheduler.address
+        settings.cluster["address"] = address
+        with cluster.connect(settings, 7) as client:
+            assert client.scheduler.address == address and len(client.scheduler_info()["workers"]) == 1
+            assert client.submit(sum, [1, 2]).result(timeout=PATIENCE) == 3
+        assert first.submit(sum, [1, 2]).result(timeout=PATIENCE) == 3  # it goes on when its second client has left
+
+
+def test_workers_of_this_machine_share_its_gpus_in_turn(monkeypatch):
+    worker = type("Worker", (), {"name": 3})
+    monkeypatch.setattr("distributed.get_worker", lambda: worker)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert cluster.own_gpu() == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert cluster.own_gpu() == {}
+    worker.name = "tcp://10.0.0.7:4567"  # of a cluster, which has given it its GPU
+    assert cluster.own_gpu() == {}
