@@ -48,4 +48,4 @@ lab: .venv/ready
 	$(ACTIVATE) && jupyter lab notebooks
 
 bench: .venv/ready
-	$(ACTIVATE) && python -m lib.runs.bench
+	$(ACTIVATE) && python -m lib.runs.bench && python -m lib.results.roofline
