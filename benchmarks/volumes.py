@@ -113,10 +113,10 @@ def scores_of(found, hidden):
     rows = []
     for name, file in hidden.items():
         truth = labels_in(file)
-        masks = [
+        masks = [  # of type bool, since the foreground overlaps the classes
             torch.as_tensor(np.stack([each == v for v in VALUES] + [each > 0]))[None] for each in (found[name], truth)
         ]
-        rows.append(dice(*(mask.float() for mask in masks))[0].tolist())
+        rows.append(dice(*masks)[0].tolist())
     return pd.DataFrame(rows, columns=[*VALUES.values(), "foreground"], index=list(hidden))
 
 
