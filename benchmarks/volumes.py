@@ -91,8 +91,11 @@ def majority(ants, target, moved):
 def joint_fusion(ants, target, moved):
     """Joint label fusion (Wang et al., TPAMI 2013), where any warped mask marks anything or lies beside it."""
     mask = ants.iMath(ants.threshold_image(sum(mask for _, mask in moved), 0.5, 1e9), "MD", 2)
-    images, labels = ([pair[k] for pair in moved] for k in (0, 1))
-    return ants.joint_label_fusion(target, mask, images, label_list=labels)["segmentation"].numpy().round()
+    images, labels = ([pair[k].clone() for pair in moved] for k in (0, 1))
+    # Zeros are no votes to ANTs: background needs a label of its own, one above the others.
+    fused = ants.joint_label_fusion(target, mask, images, label_list=labels, max_lab_plus_one=True)["segmentation"]
+    found = fused.numpy().round()
+    return np.where(found > max(VALUES), 0, found)
 
 
 WAYS = {

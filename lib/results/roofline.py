@@ -86,7 +86,8 @@ def stages(work):
 
     def network():
         with numerics.autocast():
-            work.segmentation(images).sum().backward()
+            logits = work.segmentation(images)
+        logits.backward(masks)  # any gradient does, in the layout of a real one
 
     def whole_step():
         augmentation(), copy_paste(), training["seg"](), teacher.update()
