@@ -51,7 +51,7 @@ def fill(folder, cases=6, labelled=2, slices=3):
 def settings_for(folder, monkeypatch, **changes):
     monkeypatch.setenv("JOINT_SET", "scale=smoke")
     settings = params.load("strong", "folder")
-    settings.strong.training |= {"steps": 60}
+    settings.strong.training |= {"steps": 90}
     settings.pseudo_masks |= {"n": 2}
     settings.folder |= {
         "images": str(folder / "images"),
