@@ -10,7 +10,7 @@ import torch
 
 from lib import DataError
 
-BYTES_PER_PIXEL = 2**14  # of a GPU's memory that are set aside for a pixel: networks without gradients take a quarter
+BYTES_PER_PIXEL = 2**14  # of a GPU that are set aside for a pixel: 128 maps of 32 channels
 
 
 def best_device(name="auto"):
