@@ -25,9 +25,9 @@ from lib import DataError
 from lib.models import ResidualUNet
 from lib.runs import params
 from lib.scans import __main__ as command
-from lib.scans.folder import nifti_files
+from lib.scans.reading.folder import nifti_files
+from lib.scans.reading.store import Store
 from lib.scans.segment import segment_folder
-from lib.scans.store import Store
 
 SMALL = {
     "scale": "smoke",

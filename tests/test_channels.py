@@ -8,8 +8,8 @@ from test_own import scan, settings_for
 
 from lib import DataError
 from lib.scans import segment as own
-from lib.scans.folder import find_cases, read_case
-from lib.scans.model_file import load_model
+from lib.scans.networks.model_file import load_model
+from lib.scans.reading.folder import find_cases, read_case
 
 CHANNELS = ["_t1", "_t2"]
 

@@ -18,7 +18,7 @@ from test_own import settings_for
 from lib import DataError
 from lib.cohorts.reading import read_grid, read_volume
 from lib.scans import segment as own
-from lib.scans.folder import find_cases
+from lib.scans.reading.folder import find_cases
 
 TILTED = (0.8, 0.6, 0.0, 0.0, 0.0, -1.0)  # coronal, turned by 37 degrees about the body's axis
 

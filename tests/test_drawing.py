@@ -15,9 +15,9 @@ from lib.methods.peers import bcp, elastic
 from lib.methods.peers.learning import Lesson
 from lib.runs.params import cohort_file
 from lib.scans import segment as own
-from lib.scans.drawing import direction_of, drawn_part
-from lib.scans.intake import build
-from lib.scans.store import Store
+from lib.scans.reading.drawing import direction_of, drawn_part
+from lib.scans.reading.intake import build
+from lib.scans.reading.store import Store
 
 
 def ball(shape=(24, 30, 28)):

@@ -12,7 +12,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from lib import DataError
 from lib.cohorts import reading
 from lib.cohorts.volumes import scaled
-from lib.scans import folder
+from lib.scans.reading import folder
 
 
 def write(file, array, affine=None, kind=nib.Nifti1Image):

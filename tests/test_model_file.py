@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lib import DataError
 from lib.models import ResidualUNet
-from lib.scans.model_file import FORMAT, VERSION, Model, load_model, save_model
+from lib.scans.networks.model_file import FORMAT, VERSION, Model, load_model, save_model
 
 ABOUT = {
     "classes": ["a", "b"],

@@ -15,14 +15,15 @@ from lib.cohorts.volumes import fit_labels
 from lib.compute import Numerics
 from lib.results.evaluation import score
 from lib.runs import params
-from lib.scans import applying, review
+from lib.scans import review
 from lib.scans import segment as own
-from lib.scans.folder import Case, find_cases, read_case
-from lib.scans.intake import build, chosen_slices, folds_of, subjects_of, take_in
-from lib.scans.model_file import load_model, save_model
-from lib.scans.planning import Plan, plan_of
-from lib.scans.store import Store
-from lib.scans.training import fold_settings, score_case
+from lib.scans.networks import applying
+from lib.scans.networks.model_file import load_model, save_model
+from lib.scans.networks.training import fold_settings, score_case
+from lib.scans.reading.folder import Case, find_cases, read_case
+from lib.scans.reading.intake import build, chosen_slices, folds_of, subjects_of, take_in
+from lib.scans.reading.planning import Plan, plan_of
+from lib.scans.reading.store import Store
 
 SLICES = Plan("slices", 2, (1.0, 1.0), (32, 32))
 

@@ -13,11 +13,11 @@ from test_own import settings_for, taken_in
 from lib import DataError
 from lib.compute import Numerics
 from lib.models import ResidualUNet
-from lib.scans.applying import soft_masks
-from lib.scans.folder import find_cases
-from lib.scans.model_file import Model
-from lib.scans.planning import Plan, plan_of
-from lib.scans.store import Store
+from lib.scans.networks.applying import soft_masks
+from lib.scans.networks.model_file import Model
+from lib.scans.reading.folder import find_cases
+from lib.scans.reading.planning import Plan, plan_of
+from lib.scans.reading.store import Store
 
 
 def folder_of(folder, scans, drawn=1):

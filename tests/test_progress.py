@@ -3,8 +3,8 @@
 import pytest
 from test_own import SLICES, settings_for
 
+from lib.scans.networks.training import fold_settings
 from lib.scans.progress import SEGMENTING, Progress, network_name, parts_of
-from lib.scans.training import fold_settings
 
 
 def parts_for(tmp_path, monkeypatch, folds, **options):

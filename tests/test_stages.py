@@ -67,7 +67,7 @@ TRAINED = {*TRAINING, *EVALUATED, "figure2"}
         ("results/figures/comparisons.py", {"table1"}),
         ("results/pages.py", {"pages"}),
         ("runs/bench.py", {"bench", "roofline"}),
-        ("scans/store.py", OWN),
+        ("scans/reading/store.py", OWN),
         ("results/costs.py", set()),
     ],
 )

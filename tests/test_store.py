@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lib.scans import store
+from lib.scans.reading import store
 
 
 def slices(seed, count=3, size=8):

@@ -13,7 +13,7 @@ import matplotlib
 from lib import DataError
 from lib.runs import params
 from lib.runs.files import replacing
-from lib.scans.model_file import load_model
+from lib.scans.networks.model_file import load_model
 from lib.scans.review import Review
 from lib.scans.segment import at_work, segment_folder
 

@@ -14,7 +14,7 @@ from lib.metrics import dice
 from lib.results.calibration import predict_dsc
 from lib.results.figures.plots import OTHER, draw
 from lib.results.figures.viewer import Viewer
-from lib.scans.folder import find_cases, nifti_files
+from lib.scans.reading.folder import find_cases, nifti_files
 
 
 class Review:

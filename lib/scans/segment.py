@@ -14,15 +14,15 @@ from lib.compute import Numerics
 from lib.runs import params
 from lib.runs.files import append_line, read_lines, replacing
 from lib.runs.versions import NUMERICS, STRONG, fingerprint
-from lib.scans.applying import apply
 from lib.scans.dicom_seg import write_dicom_seg
-from lib.scans.folder import find_cases, is_others
-from lib.scans.intake import chosen_slices, digest, folds_of, subjects_of, take_in
-from lib.scans.model_file import load_model, save_model
-from lib.scans.planning import plan_of
+from lib.scans.networks.applying import apply
+from lib.scans.networks.model_file import load_model, save_model
+from lib.scans.networks.training import fold_settings, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
-from lib.scans.store import Store
-from lib.scans.training import fold_settings, train
+from lib.scans.reading.folder import find_cases, is_others
+from lib.scans.reading.intake import chosen_slices, digest, folds_of, subjects_of, take_in
+from lib.scans.reading.planning import plan_of
+from lib.scans.reading.store import Store
 
 
 @contextmanager

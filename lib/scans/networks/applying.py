@@ -9,8 +9,8 @@ from lib.metrics import to_labels
 from lib.pseudo_masks import mean_confidence, segmentation_masks
 from lib.results.calibration import predict_dsc
 from lib.runs.params import section
-from lib.scans.folder import write_scan
-from lib.scans.memory import with_less_memory
+from lib.scans.networks.memory import with_less_memory
+from lib.scans.reading.folder import write_scan
 
 WHOLE = 4  # canvases; larger images are seen through windows
 FEW = 16  # slices that become labels at a time: a large volume has many

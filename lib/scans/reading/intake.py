@@ -12,9 +12,9 @@ from lib.cohorts.cohort import UNDRAWN
 from lib.cohorts.volumes import OwnCohort, scaled
 from lib.compute import out_of_memory
 from lib.runs.versions import fingerprint
-from lib.scans.drawing import drawn_part
-from lib.scans.folder import read_case
-from lib.scans.planning import placed
+from lib.scans.reading.drawing import drawn_part
+from lib.scans.reading.folder import read_case
+from lib.scans.reading.planning import placed
 
 HELD_OUT_FROM = 10  # labelled subjects; with fewer all train, and two quick networks say what confidence means
 IMAGES = "at the plan's spacing, labels by share"  # how images are made; another way has another name

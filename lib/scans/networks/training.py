@@ -22,13 +22,13 @@ from lib.models import ROOT
 from lib.results.evaluation import score
 from lib.runs.params import Section, cohort_file, section
 from lib.runs.versions import fingerprint
-from lib.scans.applying import confidence_of, segment, soft_masks
-from lib.scans.drawing import drawn_part
-from lib.scans.folder import read_case
-from lib.scans.intake import build, chosen_slices, class_names, folds_of, subjects_of
-from lib.scans.memory import with_less_memory
-from lib.scans.model_file import Model
+from lib.scans.networks.applying import confidence_of, segment, soft_masks
+from lib.scans.networks.memory import with_less_memory
+from lib.scans.networks.model_file import Model
 from lib.scans.progress import case_takes, network_name, step_takes
+from lib.scans.reading.drawing import drawn_part
+from lib.scans.reading.folder import read_case
+from lib.scans.reading.intake import build, chosen_slices, class_names, folds_of, subjects_of
 
 DEGRADED = "rotation", "scaling", "shift", "gamma", "contrast", "brightness", "blur", "noise"
 METHODS = {"fs+elastic": elastic, "bcp": bcp, "joint+": one_stage}  # that folder.method may name

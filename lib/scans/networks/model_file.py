@@ -13,7 +13,7 @@ from lib.models import ResidualUNet
 from lib.runs.files import replacing
 from lib.runs.params import SPACES
 from lib.runs.versions import fingerprint
-from lib.scans.planning import Plan
+from lib.scans.reading.planning import Plan
 from lib.training import weights_digest
 
 FORMAT = "joint segmentation and registration"
