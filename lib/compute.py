@@ -4,6 +4,7 @@ import copy
 import ctypes
 import hashlib
 import math
+import os
 from contextlib import nullcontext
 
 import torch
@@ -19,6 +20,9 @@ def best_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise DataError(f"device '{name}' is asked for, but torch sees no GPU: set device: auto")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # several processes train together, see parallel
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     try:
         return torch.device(name)
     except RuntimeError:

@@ -10,6 +10,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from lib import parallel
+
 CHECKPOINT_SECONDS = 20
 HOST_STEPS = 10  # steps between two looks at the loss; each look waits for the GPU
 
@@ -100,6 +102,8 @@ def fit(
 ):
     """Train ``network`` by Adam; a killed run started again ends with the same weights, bit for bit.
 
+    Where torchrun has started several processes they train together, see lib.parallel.
+
     Args:
         network: on its device; trained in place.
         batch_loss: function of generator and step that gives named losses, ``loss`` (minimised) first.
@@ -123,6 +127,7 @@ def fit(
         FloatingPointError: the loss is NaN or infinite.
     """
     device = next(network.parameters()).device
+    parallel.join(device)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, peak, weight_decay=weight_decay, fused=True)
     columns = ["validation", *(f"validation {part}" for part in parts[1:])]
@@ -150,15 +155,17 @@ def fit(
         }
 
     pending, saved_at = [], time.monotonic()
-    bar = tqdm(total=steps, initial=start, desc=label, unit="step", mininterval=1)
+    bar = tqdm(total=steps, initial=start, desc=label, unit="step", mininterval=1, disable=not parallel.is_first())
     for step in range(start, steps):
         network.train()
         rate = learning_rate(schedule, peak, step, steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        losses = batch_loss(generator, step)
+        with parallel.spread(network):
+            losses = batch_loss(generator, step)
         optimiser.zero_grad()
         next(iter(losses.values())).backward()  # the first is the total, the others are for the log
+        parallel.average(trained)
         optimiser.step()
         if after_step:
             after_step()
@@ -183,7 +190,7 @@ def fit(
                     best.update(network, scores)
                 if watch:
                     watched.append((step + 1, watch(network)))
-            if checkpoint and (last or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
+            if checkpoint and parallel.is_first() and (last or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
                 checkpoint.save(contents(step + 1))
                 saved_at = time.monotonic()
         bar.update()

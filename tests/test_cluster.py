@@ -117,3 +117,14 @@ def test_workers_of_this_machine_share_its_gpus_in_turn(monkeypatch):
     assert cluster.own_gpu() == {}
     worker.name = "tcp://10.0.0.7:4567"  # of a cluster, which has given it its GPU
     assert cluster.own_gpu() == {}
+
+
+def test_work_comes_back_in_order_and_little_is_given_out_at_a_time(settings):
+    with cluster.connect(settings, 1) as client:
+        asked, lists = [], (range(20), "abcdefghijklmnopqrst")
+        found = cluster.mapped(
+            client, lambda number, letter: f"{number}{letter}", (asked.append(k) or k for k in lists[0]), lists[1]
+        )
+        assert next(found) == "0a" and len(asked) == cluster.AHEAD
+        assert [*found] == [f"{k}{letter}" for k, letter in zip(*lists)][1:]
+    assert [*cluster.mapped(None, pow, [2, 3], [3, 2])] == [8, 9]

@@ -1,6 +1,9 @@
 import os
 import resource
 import shutil
+import signal
+import threading
+from contextlib import contextmanager
 
 import nibabel as nib
 import numpy as np
@@ -14,8 +17,8 @@ from lib.cohorts import load_cohort
 from lib.cohorts.volumes import fit_labels
 from lib.compute import Numerics
 from lib.results.evaluation import score
-from lib.runs import params
-from lib.scans import review
+from lib.runs import cluster, params
+from lib.scans import cases, review
 from lib.scans import segment as own
 from lib.scans.networks import applying
 from lib.scans.networks.model_file import load_model, save_model
@@ -207,7 +210,7 @@ def test_finished_cases_are_not_computed_again_and_lost_ones_come_back_the_same(
     lost.unlink()
     applied = []
     monkeypatch.setattr(own, "train", lambda *_: pytest.fail("it is trained"))
-    monkeypatch.setattr(own, "apply", lambda *a, apply=own.apply: applied.append(a[1]) or apply(*a))
+    monkeypatch.setattr(cases, "apply", lambda *a, apply=cases.apply: applied.append(a[1]) or apply(*a))
     own.segment_folder(settings)
     assert applied == ["case 3"] and np.array_equal(np.asarray(nib.load(lost).dataobj), before)
 
@@ -224,6 +227,32 @@ def test_a_bad_case_is_reported_and_the_others_are_segmented_by_the_given_model(
         files = (where / "out" / f"case {k}_mask.nii.gz" for where in (folder, segmented[0]))
         mine, theirs = (np.asarray(nib.load(file).dataobj) for file in files)
         assert np.array_equal(mine, theirs)
+
+
+def test_two_workers_segment_as_one_does_also_when_one_of_them_is_killed(segmented, tmp_path, monkeypatch):
+    folder, whole = segmented
+    model, killed = str(folder / "out" / "model.safetensors"), []
+
+    def connect(*arguments, connect=cluster.connect):
+        context = connect(*arguments)
+
+        @contextmanager
+        def with_a_loss():
+            with context as client:
+                first = next(iter(client.run(os.getpid).values()))
+                threading.Timer(0.5, lambda: killed.append(os.kill(first, signal.SIGKILL))).start()
+                yield client
+
+        return with_a_loss()
+
+    monkeypatch.setattr(cluster, "connect", connect)
+    settings = settings_for(folder, monkeypatch, output=str(tmp_path), masks="", model=model, workers=2)
+    table = own.segment_folder(settings)
+    assert killed and table["case"].tolist() == whole["case"].tolist() and (table["status"] == "done").all()
+    assert table["confidence"].tolist() == pytest.approx(whole["confidence"].tolist(), abs=1e-5)
+    for name in table["case"]:
+        mine, theirs = (np.asarray(nib.load(out / f"{name}_mask.nii.gz").dataobj) for out in (tmp_path, folder / "out"))
+        assert (mine == theirs).mean() > 0.9999
 
 
 def test_no_mask_at_all_and_a_second_run_in_the_same_folder_are_errors(tmp_path, monkeypatch):

@@ -27,8 +27,8 @@ class Stage(NamedTuple):
     peer: str = ""  # its module under lib.methods.peers, whose ``train`` trains it in recipe `strong`
     needs_unlabelled: bool = True  # it does not run if everything is labelled
     trained: bool = True
-    recipes: tuple = ("paper", "strong")  # in which it runs
-    sections: tuple = ()  # of params.yaml that it reads in recipe `strong`, besides the one of that name
+    recipes: tuple = ("paper", "strong")  # in which it runs; one of none is an item of the contest alone
+    sections: tuple = ()  # of params.yaml that it reads in recipe `strong`, besides its part of `strong`
     parts: tuple = ()  # of section `strong` that it reads, besides the one of its name
     version: str = ""  # of its code, see runs.versions
     watched: str = ""  # how Figure 2 calls the masks that it gives while it learns
@@ -86,7 +86,14 @@ def peer(name, *after, notebook=PEERS, needs_unlabelled=True, parts=()):
     )
 
 
-CLASSICAL = Stage("classical", "classical", "08_evaluation", trained=False)
+CLASSICAL = Stage(
+    "classical",
+    "classical",
+    "08_evaluation",
+    trained=False,
+    sections=("classical", "pseudo_masks"),
+)
+ANTS = Stage("ants", "ants", "08_evaluation", trained=False, recipes=(), sections=("pseudo_masks",))
 
 
 class Method(NamedTuple):
@@ -148,6 +155,8 @@ METHODS = (
         "#2ca02c",
         "labelled images registered by SimpleITK (affine, then diffeomorphic Demons), no training",
     ),
+    Method("ants", ANTS, "#9467bd", "labelled images registered by ANTs SyN, no training; majority vote"),
+    Method("ants-jlf", ANTS, "#c5b0d5", "the same with joint label fusion (Wang et al., TPAMI 2013)"),
 )
 BASELINE = METHODS[0]
 
@@ -158,14 +167,14 @@ def by_name():
 
 
 def stages(trained=True):
-    """Stages whose masks are tested, in the order of the table."""
+    """Stages whose masks are tested, in the order of the table: those that are trained, or the others."""
     found = dict.fromkeys(method.stage for method in METHODS)
     return [stage for stage in found if stage.trained == trained]
 
 
 def by_stage(name):
     """The Stage of that name."""
-    return next(stage for stage in (REGISTRATION, *stages()) if stage.name == name)
+    return next(stage for stage in (REGISTRATION, *stages(), *stages(trained=False)) if stage.name == name)
 
 
 def stages_of(recipe, rate):

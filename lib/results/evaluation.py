@@ -167,18 +167,21 @@ def describe(experiment, split, index, method, masks, truth):
     ]
 
 
-def evaluate_untrained(experiment):
+def evaluate_untrained(experiment, only=None):
     """Untrained methods on the test images, or on an even sample of as many as ``images`` of their section says.
 
-    As ``evaluate``, but without a recipe. Images that are not in the sample have empty masks and no rows.
+    As ``evaluate``, but without a recipe. Images that are not in the sample have empty masks and no rows. ``only`` is
+    the name of a stage that is evaluated by itself: on all images.
     """
     cohort, data, settings = experiment.cohort, experiment.data, experiment.settings
     frames, bins, kept = [], [], {}
     test = cohort.index("test")
     whole = getattr(cohort, "volumes", np.arange(len(cohort.images)))[test]  # volumes are scored whole
     for stage in table.stages(trained=False):
+        if not (stage.name == only if only else settings.recipe in stage.recipes):
+            continue
         names = whole[np.sort(np.unique(whole, return_index=True)[1])]
-        count = max(1, round(settings[stage.name].images * len(names) / len(test)))
+        count = len(names) if only else max(1, round(settings[stage.name].images * len(names) / len(test)))
         names = names[np.unique(np.linspace(0, len(names) - 1, count).round().astype(int))]
         index = test[np.isin(whole, names)]
         start = time.monotonic()

@@ -74,7 +74,7 @@ def stages_of(item):
 
 def notebooks_of(item):
     """The notebooks that make an item, in order."""
-    return [*(stage.notebook_in(item.recipe) for stage in stages_of(item)), EVALUATION]
+    return list(dict.fromkeys([*(stage.notebook_in(item.recipe) for stage in stages_of(item)), EVALUATION]))
 
 
 def folder_of(item, settings):
@@ -106,6 +106,8 @@ def key_of(item, settings):
 def strong_parts(item, own):
     """What else an item of recipe `strong` depends on, which is of one stage: names of its code, and its settings."""
     stage, strong = table.by_stage(item.stage), own.strong
+    if not stage.trained:
+        return [stage.name, stage.version], {section: own[section] for section in stage.sections}
     names, parts = [versions.STRONG, stage.version], {"training": strong.training, "augmentation": strong.augmentation}
     parts |= {name: strong[name] for name in (stage.name, *stage.parts) if name in strong}
     parts |= {section: own[section] for section in stage.sections}
@@ -221,7 +223,8 @@ def run(item, settings, threads, environment, ready=None):
             continue
         values = {"stage": item.stage} if item.stage and notebook in (table.PEERS, EVALUATION) else {}
         if notebook == EVALUATION:  # untrained methods, which have no recipe, run beside one of them
-            values |= {"destination": str(folder), "untrained": item.rate < 100 and not item.stage}
+            untrained = not table.by_stage(item.stage).trained if item.stage else item.rate < 100
+            values |= {"destination": str(folder), "untrained": untrained}
         execute(notebook, item, settings, threads, **values)
     marker = json.dumps({**item._asdict(), "key": key, **cost_of(item, settings.cohort)})
     (folder / "item.json").write_text(marker + "\n")

@@ -8,6 +8,7 @@ from zipfile import ZipFile
 
 import torch
 
+from lib import parallel
 from lib.runs.files import replacing
 from lib.runs.params import work_folder
 
@@ -105,6 +106,7 @@ class Cabinet:
     def save(self, contents, stage, number=None):
         """Keep weights, and what was measured with them; errors as ``save_atomically``."""
         save_atomically(contents, self.file(stage, number))
+        parallel.wait()  # for the process that writes it: what comes next may read it
 
     def load(self, stage, number=None):
         """What ``save`` kept; errors as ``load_saved``."""

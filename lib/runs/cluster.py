@@ -9,12 +9,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from contextlib import contextmanager
 
 from lib.runs.params import ROOT, work_folder
 
 SHARED = "JOINT_"  # environment variables that begin so hold on every worker as they do here
+AHEAD = 4  # pieces of work
 EXTRAS = {"slurm": "dask-jobqueue", "kubernetes": "dask-kubernetes"}
+
+
+def address_of(settings):
+    """Where the workers are; empty: on this machine."""
+    return os.environ.get("CLUSTER", settings.cluster.address)
 
 
 @contextmanager
@@ -33,7 +40,7 @@ def connect(settings, workers):
     import dask
     from distributed import Client, LocalCluster
 
-    options, address = settings.cluster.options, os.environ.get("CLUSTER", settings.cluster.address)
+    options, address = settings.cluster.options, address_of(settings)
     dask.config.set({"distributed.comm.timeouts.connect": "20s"})
     started = None
     if not address:
@@ -71,6 +78,26 @@ def made(kind, options):
     except ImportError as error:
         raise ValueError(f"cluster '{kind}' needs a package: pip install {EXTRAS[kind]}") from error
     return Cluster(**options)
+
+
+def mapped(client, work, *lists):
+    """What ``work`` gives for the items of the lists, in their order.
+
+    At most AHEAD pieces of work a worker are given out at a time: what has been done need not lie in memory.
+
+    Args:
+        client: of ``connect``; None does the work here.
+    """
+    if client is None:
+        yield from map(work, *lists)
+        return
+    waiting = deque()
+    for items in zip(*lists):
+        waiting.append(client.submit(work, *items, pure=False))
+        while len(waiting) >= AHEAD * max(1, len(client.nthreads())):
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def shared_environment():

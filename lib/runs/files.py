@@ -5,12 +5,15 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from lib import parallel
+
 
 @contextmanager
 def replacing(file):
     """Context in which a file is written beside its place; it is put there when it is whole and on the disk.
 
-    What happens meanwhile, a power cut as well, leaves the old file as it was. The folder is made if need be.
+    What happens meanwhile, a power cut as well, leaves the old file as it was. The folder is made if need be. Of
+    processes that train together the first one puts it there.
 
     Yields:
         Path to write to, of the same endings.
@@ -20,12 +23,14 @@ def replacing(file):
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial.{file.name}")
+    first = parallel.is_first()
+    partial = file.with_name(f".partial.{'' if first else os.environ['RANK'] + '.'}{file.name}")
     try:
         yield partial
         with open(partial, "rb") as stream:
             os.fsync(stream.fileno())  # what is renamed before may be empty after a power cut
-        os.replace(partial, file)
+        if first:
+            os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """From a folder of scans with masks for some to masks for all, each with a confidence map and a predicted DSC."""
 
 import errno
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -9,18 +9,15 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from lib import DataError
-from lib.cohorts.reading import read_grid
-from lib.compute import Numerics
 from lib.runs import params
 from lib.runs.files import append_line, read_lines, replacing
 from lib.runs.versions import NUMERICS, STRONG, fingerprint
-from lib.scans.dicom_seg import write_dicom_seg
-from lib.scans.networks.applying import apply
+from lib.scans.cases import digests, files_of, segmented, workers
 from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import fold_settings, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
-from lib.scans.reading.folder import find_cases, is_others
-from lib.scans.reading.intake import chosen_slices, digest, folds_of, subjects_of, take_in
+from lib.scans.reading.folder import find_cases
+from lib.scans.reading.intake import chosen_slices, folds_of, subjects_of, take_in
 from lib.scans.reading.planning import plan_of
 from lib.scans.reading.store import Store
 
@@ -68,7 +65,7 @@ def segment_folder(settings):
     Raises:
         DataError: the folders cannot be used, nothing is labelled, or the model file is not one; see also ``at_work``.
     """
-    with at_work(settings) as output:
+    with at_work(settings) as output, ExitStack() as stack:
         options = settings.folder
         model = load_model(options.model) if options.model else None
         if model:
@@ -77,7 +74,8 @@ def segment_folder(settings):
         plan = model.plan if model else plan_of(options, found)
         tqdm.write(f"{plan.title}; folder.space says otherwise")
         store = Store(output / "work" / "scans")
-        intake = take_in(options, found, plan, store)
+        client = stack.enter_context(workers(settings, len(found)))
+        intake = take_in(options, found, plan, store, client)
         for reason in intake.failures.values():  # now, not after hours of training
             tqdm.write(f"left out: {reason}")
         counts = len(intake.cases), len(intake.labelled), len(intake.failures)
@@ -85,7 +83,7 @@ def segment_folder(settings):
         progress = Progress(what_is_to_do(settings, plan, store, intake, model))
         if model is None:
             model = trained(settings, plan, store, intake, output, progress)
-        rows = segment_cases(settings, model, store, intake, output, progress)
+        rows = segment_cases(settings, model, store, intake, output, progress, client)
         progress.bar.close()
         table = summary(rows, model.about["classes"], options.review)
         write_table(table, output / "cases.csv")
@@ -101,59 +99,35 @@ def what_is_to_do(settings, plan, store, intake, model):
     return parts_of(settings, trainings, folds, counts)
 
 
-def segment_cases(settings, model, store, intake, output, progress):
+def segment_cases(settings, model, store, intake, output, progress, client):
     """Rows of cases.csv, as dictionaries; cases that are finished are taken from the log of the runs before."""
-    numerics = Numerics(settings.device, settings.precision, settings.deterministic)
-    model = model.to(numerics)
     slices = chosen_slices(settings.folder, store, intake.cases)
     log_file = output / "work" / "cases.jsonl"
-    log = read_lines(log_file, "case")
+    log, keys = read_lines(log_file, "case"), {}
     rows = []
     for name, note in intake.failures.items():
         old = any(file.exists() for file in files_of(name, output))
         left = "; its files in the output folder are of an earlier run" if old else ""
         rows.append({"case": name, "status": "failed", "note": note + left})
+    for case in intake.cases:
+        prints, positions = store.index[case.name]["fingerprint"], slices[case.name].tolist()
+        keys[case.name] = fingerprint(model.key, prints, positions, str(case.image), settings.folder.dicom_seg)
+        row = log.get(case.name, {})
+        if row.get("fingerprint") != keys[case.name] or row.get("digests") != digests(case.name, output):
+            log.pop(case.name, None)
+    missing = [(case, slices[case.name]) for case in intake.cases if case.name not in log]
+    found = segmented(settings, model, store, output, missing, client) if missing else None
     with progress.part(SEGMENTING) as done:
         for case in intake.cases:
-            positions, of = slices[case.name], settings.folder.dicom_seg
-            prints = store.index[case.name]["fingerprint"]
-            key = fingerprint(model.key, prints, positions.tolist(), str(case.image), of)
-            row = log.get(case.name, {})
-            if row.get("fingerprint") != key or row.get("digests") != digests(case.name, output):
-                row = segment_case(model, case, store.images(case.name), positions, output, numerics, of)
+            row = log.get(case.name)
+            if row is None:
+                row = next(found)
                 if row["status"] == "done":
-                    row |= {"fingerprint": key, "digests": digests(case.name, output)}
+                    row |= {"fingerprint": keys[case.name]}
                     append_line(row, log_file)
             rows.append({"note": intake.notes.get(case.name, ""), **row, "labelled": case.mask is not None})
-            done(case_takes(settings, len(positions)))
+            done(case_takes(settings, len(slices[case.name])))
     return rows
-
-
-def segment_case(model, case, images, positions, output, numerics, dicom_seg):
-    """The row of a case in cases.csv, segmented now unless somebody has changed its files in the output folder."""
-    files = files_of(case.name, output)
-    try:
-        if others := [file for file in files if is_others(file)]:
-            note = f"{others[0]} has been changed, or was there before, and is kept: move it away to have it made"
-            return {"case": case.name, "status": "kept", "note": note}
-        grid = read_grid(case.image, model.plan.axis)
-        row = apply(model, case.name, images, positions, grid, output, numerics)
-        if dicom_seg and case.image.is_dir():
-            names = model.about["values"], model.about["classes"]
-            write_dicom_seg(files[0], case.image, *names, output / f"{case.name}_mask.dcm")
-    except DataError as error:
-        return {"case": case.name, "status": "failed", "note": str(error)}
-    return {**row, "status": "done"}
-
-
-def files_of(name, output):
-    """Mask and confidence map of a case."""
-    return [output / f"{name}_{what}.nii.gz" for what in ("mask", "confidence")]
-
-
-def digests(name, output):
-    """Of the files of a case, empty where there is none."""
-    return [digest(file) if file.exists() else "" for file in files_of(name, output)]
 
 
 def write_table(table, file):

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from lib import DataError
 from lib.cohorts.cohort import UNDRAWN
 from lib.cohorts.volumes import OwnCohort, scaled
 from lib.compute import out_of_memory
+from lib.runs.cluster import mapped
 from lib.runs.versions import fingerprint
 from lib.scans.reading.drawing import drawn_part
 from lib.scans.reading.folder import read_case
@@ -53,7 +55,39 @@ def prints_of(case, settings, plan):
     return fingerprint([digest(file) for file in case.files], list(plan), settings.labels, settings.drawn, IMAGES)
 
 
-def take_in(settings, found, plan, store):
+class Reading(NamedTuple):
+    """What a case gives for the store."""
+
+    key: str = ""  # see prints_of
+    contents: tuple = None  # images, labels, drawn, what else the index shall say; None if the store has them
+    failure: str = ""  # what is wrong with the case
+
+
+def read_in(settings, plan, allowed, case, known):
+    """The Reading of a case; ``known`` is the key of what the store has of it. Can run on any worker."""
+    try:
+        key = prints_of(case, settings, plan)
+        if key == known:
+            return Reading(key)
+        channels, labels, grid = read_case(case, plan.axis, allowed)
+        if plan.space == "volumes" and grid.slices[0] == 1:
+            raise DataError(f"{case.image} is a single slice among volumes: leave it out, or set folder.space=slices")
+        masks, more = (None, None), {"values": [], "taken": ""}
+        if labels is not None:
+            labels, drawn, taken = drawn_part(labels, settings.drawn, plan.axis)
+            masks = plan.labels(labels, grid, drawn), plan.drawn(drawn, grid)
+            more = {"values": np.unique(labels[labels > 0]).tolist(), "taken": taken}
+        images = np.stack([plan.images(scaled(channel), grid) for channel in channels], axis=1)
+        return Reading(key, (images.astype(np.float16), *masks, more))
+    except DataError as error:
+        return Reading(failure=str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return Reading(failure=f"{case.image} does not fit into memory: crop it, or split it into several files")
+
+
+def take_in(settings, found, plan, store, client=None):
     """Read every case of a folder into the store; one that cannot be read is reported and does not stop the others.
 
     Args:
@@ -61,6 +95,7 @@ def take_in(settings, found, plan, store):
         found: list of folder.Case.
         plan: planning.Plan.
         store: store.Store.
+        client: whose workers read, see runs.cluster; None reads here.
 
     Returns:
         Intake.
@@ -73,48 +108,48 @@ def take_in(settings, found, plan, store):
         raise DataError(
             "folder.symmetric flips left and right, which slices along folder.axis 0 do not have: set it to false"
         )
-    first, last = range_of(settings.slices) or (0, 0)
+    range_of(settings.slices)
     cases, failures, notes, values = [], {}, {}, set()
     allowed = {0, *settings.labels, *[settings.drawn] * isinstance(settings.drawn, int)} if settings.labels else None
-    for case in tqdm(found, desc="reading", unit="case"):
-        try:
-            key = prints_of(case, settings, plan)
-            if not store.has(case.name, key):
-                channels, labels, grid = read_case(case, plan.axis, allowed)
-                if plan.space == "volumes" and grid.slices[0] == 1:
-                    raise DataError(
-                        f"{case.image} is a single slice among volumes: leave it out, or set folder.space=slices"
-                    )
-                masks, more = (None, None), {"values": [], "taken": ""}
-                if labels is not None:
-                    labels, drawn, taken = drawn_part(labels, settings.drawn, plan.axis)
-                    masks = plan.labels(labels, grid, drawn), plan.drawn(drawn, grid)
-                    more = {"values": np.unique(labels[labels > 0]).tolist(), "taken": taken}
-                images = np.stack([plan.images(scaled(channel), grid) for channel in channels], axis=1)
-                store.add(case.name, key, images, *masks, **more)
-            count = len(store.images(case.name))
-            if not len(range(count)[first : last + 1]):
-                raise DataError(f"{case.image} has {count} slices, none from {first} to {last}: change folder.slices")
-            if case.mask:
-                marked = set(store.index[case.name]["values"])
-                if taken := store.index[case.name]["taken"]:
-                    notes[case.name] = taken
-                if not marked:
-                    notes[case.name] = f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
-                elif lost := marked - set(np.unique(store.labels(case.name)).tolist()):
-                    notes[case.name] = (
-                        f"{case.mask}: label {min(lost)} is too small for {plan.title}: "
-                        f"raise folder.{'voxels' if plan.space == 'volumes' else 'size'}"
-                    )
-                values |= marked
-            cases.append(case)
-        except DataError as error:
-            failures[case.name] = str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            failures[case.name] = f"{case.image} does not fit into memory: crop it, or split it into several files"
+    read = partial(read_in, settings, plan, allowed)
+    known = [store.index.get(case.name, {}).get("fingerprint") for case in found]
+    readings = zip(found, mapped(client, read, found, known))
+    for case, reading in tqdm(readings, desc="reading", unit="case", total=len(found)):
+        if not (reading.failure or reading.contents or store.has(case.name, reading.key)):  # it is spoilt
+            reading = read(case, None)
+        if reading.contents:
+            images, labels, drawn, more = reading.contents
+            store.add(case.name, reading.key, images, labels, drawn, **more)
+        failure = reading.failure or unusable(case, settings, store)
+        if failure:
+            failures[case.name] = failure
+            continue
+        cases.append(case)
+        if case.mask:
+            values |= set(store.index[case.name]["values"])
+            if note := odd(case, plan, store):
+                notes[case.name] = note
     return Intake(cases, failures, notes, sorted(values))
+
+
+def unusable(case, settings, store):
+    """Why a case that could be read has nothing to be segmented, or nothing."""
+    first, last = range_of(settings.slices) or (0, 0)
+    count = len(store.images(case.name))
+    if len(range(count)[first : last + 1]) or range_of(settings.slices) is None:
+        return ""
+    return f"{case.image} has {count} slices, none from {first} to {last}: change folder.slices"
+
+
+def odd(case, plan, store):
+    """What is odd about the mask of a case, or nothing."""
+    entry = store.index[case.name]
+    if not entry["values"]:
+        return f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
+    if lost := set(entry["values"]) - set(np.unique(store.labels(case.name)).tolist()):
+        more = "voxels" if plan.space == "volumes" else "size"
+        return f"{case.mask}: label {min(lost)} is too small for {plan.title}: raise folder.{more}"
+    return entry["taken"]
 
 
 def range_of(slices):
