@@ -128,7 +128,7 @@ def contest(rows, settings):
                 "n_labelled": labelled,
                 "selection": selection,
                 "hidden_masks": 0 if selection == "none" else looked_at,
-                "images_seen": training.steps * training.batch,
+                "images_seen": training.steps * training.batch if by_name()[method].stage.trained else 0,
                 "tta": "no",
                 "draws": len(found),
                 "subjects": found.shape[1],
@@ -249,7 +249,7 @@ def chart(table):
     """DSC minus that of fs+elastic on the same draws, with intervals: a colour per method, side by side per label."""
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     table = table[(table["split"] == "test") & (table["selection"] == "none")]
-    ticks = sorted(table["n_labelled"].unique())
+    ticks = sorted(table.loc[table["baseline_difference"].notna(), "n_labelled"].unique())
     present = [name for name in by_name() if name in set(table["method"]) - {BASELINE}]
     axes.axhline(0, color=by_name()[BASELINE].colour, lw=1, label=BASELINE)
     for place, name in enumerate(present):
