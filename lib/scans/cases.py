@@ -1,6 +1,7 @@
 """Cases segmented by a finished model, one after another here, or many at a time on workers, see runs.cluster."""
 
 import os
+import time
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,6 +31,7 @@ class Job(NamedTuple):
     numerics: tuple  # device, precision, deterministic
     dicom_seg: bool
     threads: int  # of a worker; 0: as many as there are
+    run: int  # a number of its own: what an earlier run in this process has kept does not count
 
 
 @lru_cache(1)
@@ -104,5 +106,6 @@ def segmented(settings, model, store, output, cases, client=None):
         (settings.device, settings.precision, settings.deterministic),
         options.dicom_seg,
         max(1, (os.cpu_count() or 1) // options.workers) if shared else 0,
+        time.time_ns(),
     )
     return cluster.mapped(client, partial(segment_case, job), *([*part] for part in zip(*cases)))
