@@ -7,6 +7,7 @@ are left out unless they are named; they need `pip install -r benchmarks/require
 
 import argparse
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from lib.cohorts.hippocampus import chosen_cases
+from lib.methods import ants
 from lib.metrics import dice
 from lib.results.tables import as_markdown
 from lib.runs import params
@@ -65,44 +67,23 @@ def by_ants(fuse):
     """ANTs SyN with its defaults: every drawn volume is registered to every other one, and the warped masks fused."""
 
     def way(folder, hidden):
-        import ants
-
-        image = lambda file: ants.image_read(str(file))
+        os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(os.cpu_count())
+        image = lambda file: ants.load_ants().image_read(str(file))
         atlases = [(image(folder / "images" / mask.name), image(mask)) for mask in sorted((folder / "masks").iterdir())]
         found = {}
         for name in tqdm(hidden, desc="ANTs", unit="case"):
-            target, moved = image(folder / "images" / f"{name}.nii.gz"), []
-            for moving, mask in atlases:
-                fields = ants.registration(target, moving, type_of_transform="SyN", random_seed=1)["fwdtransforms"]
-                carry = lambda what, how: ants.apply_transforms(target, what, fields, interpolator=how)
-                moved.append((carry(moving, "linear"), carry(mask, "nearestNeighbor")))
-            found[name] = fuse(ants, target, moved)
+            target = image(folder / "images" / f"{name}.nii.gz")
+            found[name] = fuse(target, ants.warp_onto(target, atlases), max(VALUES))
         return found
 
     return way
 
 
-def majority(ants, target, moved):
-    """The label that most warped masks give."""
-    labels = np.stack([mask.numpy() for _, mask in moved])
-    return np.argmax([(labels == value).sum(axis=0) for value in (0, *VALUES)], axis=0)
-
-
-def joint_fusion(ants, target, moved):
-    """Joint label fusion (Wang et al., TPAMI 2013), where any warped mask marks anything or lies beside it."""
-    mask = ants.iMath(ants.threshold_image(sum(mask for _, mask in moved), 0.5, 1e9), "MD", 2)
-    images, labels = ([pair[k].clone() for pair in moved] for k in (0, 1))
-    # Zeros are no votes to ANTs: background needs a label of its own, one above the others.
-    fused = ants.joint_label_fusion(target, mask, images, label_list=labels, max_lab_plus_one=True)["segmentation"]
-    found = fused.numpy().round()
-    return np.where(found > max(VALUES), 0, found)
-
-
 WAYS = {
     "make segment": by_segment(),
     "make segment, slices": by_segment("folder.space=slices", "folder.size=64"),
-    "ANTs SyN, majority vote": by_ants(majority),
-    "ANTs SyN, joint label fusion": by_ants(joint_fusion),
+    "ANTs SyN, majority vote": by_ants(ants.majority),
+    "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),
 }
 OURS = list(WAYS)[:2]
 

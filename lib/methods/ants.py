@@ -15,15 +15,14 @@ from tqdm import tqdm
 from lib import DataError
 from lib.methods.experiment import Prediction
 
-os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")  # slices are too small for more
-
 
 def load_ants():
-    """The package.
+    """The package, on one thread unless the environment says otherwise: slices are too small for more.
 
     Raises:
         DataError: it is not installed.
     """
+    os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
     try:
         import ants
     except ImportError as error:
@@ -64,7 +63,7 @@ def majority(target, moved, classes):
 
 
 def joint_fusion(target, moved, classes):
-    """Joint label fusion, where any warped mask marks anything or lies beside it; see ``majority``."""
+    """Joint label fusion within two pixels of what any warped mask marks, background elsewhere; see ``majority``."""
     ants = load_ants()
     marked = ants.threshold_image(sum(mask for _, mask in moved), 0.5, 1e9)
     if not marked.numpy().any():

@@ -23,11 +23,8 @@ from lib.methods.table import by_name
 from lib.runs.params import ROOT
 
 COHORTS = {"hippocampus_centre": "slice", "acdc": "patient"}  # of the headline, and what is labelled there
-LEFT_OUT = (
-    "registration",
-    "combined",
-    "ants",
-)  # of the headline: another row shows the same training, or atlases, better
+# Of the headline: another row shows a better mask of the same training, or of the same registrations.
+LEFT_OUT = "registration", "combined", "ants"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)((?:(?!<!-- table: ).)*?)(<!-- /table -->)", re.DOTALL)
 MARK = re.compile(r"<!-- ([^\s:]+\.(?:csv|json))\b((?:(?!-->).)*?)\s*-->", re.DOTALL)
 NUMBER = re.compile(r"(<\s*|&lt;\s*)?([+\-−]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)(\s?%)?\**$")

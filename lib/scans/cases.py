@@ -25,7 +25,6 @@ class Job(NamedTuple):
     """All that a worker needs besides the case. It reads and writes the folders that are named here."""
 
     model: str  # file
-    key: str  # of the model: another one under the same name is loaded anew
     store: str
     output: str
     numerics: tuple  # device, precision, deterministic
@@ -100,7 +99,6 @@ def segmented(settings, model, store, output, cases, client=None):
     shared = options.workers > 1 and not cluster.address_of(settings)  # the cores of this machine
     job = Job(
         str(Path(options.model or output / "model.safetensors").resolve()),
-        model.key,
         str(store.folder.resolve()),
         str(output.resolve()),
         (settings.device, settings.precision, settings.deterministic),
