@@ -95,7 +95,36 @@ def test_slurm_gets_its_options_and_as_many_workers_as_are_asked_for(settings, m
     settings.cluster |= {"address": "slurm", "options": {"queue": "gpu", "cores": 8}}
     with pytest.raises(InterruptedError), cluster.connect(settings, 5):
         pass
-    assert asked == {"queue": "gpu", "cores": 8, "workers": 5}
+    one_at_a_time = {"cores": 1, "processes": 1, "job_cpu": 8}
+    assert asked == {"queue": "gpu", **one_at_a_time, "workers": 5}
+    settings.grid["threads"] = 0
+    assert cluster.threads_of(settings, 5) == 8  # all cores of the job
+    settings.cluster["address"] = ""
+    assert cluster.threads_of(settings, 1) == os.cpu_count() and cluster.threads_of(settings, 1000) == 1
+    settings.grid["threads"] = 3
+    assert cluster.threads_of(settings, 5) == 3
+
+
+JOB_SCRIPT = """#!/usr/bin/env bash
+
+#SBATCH -J dask-worker
+#SBATCH -p gpu
+#SBATCH -n 1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=30G
+#SBATCH -t 02:00:00
+#SBATCH --gres=gpu:1
+
+PYTHON -m distributed.cli.dask_worker ADDRESS --name dummy-name --nthreads 1 --memory-limit 29.80GiB --nanny \
+--death-timeout 60
+"""
+
+
+def test_the_job_script_of_slurm_asks_for_what_the_options_say_and_runs_one_piece_of_work_at_a_time():
+    options = {"queue": "gpu", "cores": 8, "memory": "32GB", "walltime": "02:00:00"}
+    with cluster.made("slurm", {**options, "job_extra_directives": ["--gres=gpu:1"]}) as made:
+        script = made.job_script().replace(sys.executable, "PYTHON").replace(made.scheduler_address, "ADDRESS")
+    assert script.strip() == JOB_SCRIPT.replace("\\\n", "").strip()
 
 
 def test_a_running_scheduler_is_used_as_it_is(settings):

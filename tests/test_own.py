@@ -1,13 +1,15 @@
 import os
+import random
 import resource
 import shutil
-import signal
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -149,7 +151,7 @@ def test_below_ten_labelled_subjects_all_masks_train_and_halves_say_what_confide
     assert not masked[0].all() and masked[1].all() and masked[2].all()  # unlabelled scans train the network alone
 
 
-@pytest.mark.parametrize("method, stage", [("bcp", "bcp"), ("joint+", "one_stage"), ("fs+elastic", "elastic")])
+@pytest.mark.parametrize("method, stage", [("bcp", "bcp"), ("joint+", "joint_plus"), ("fs+elastic", "elastic")])
 def test_the_method_that_is_named_trains_and_only_joint_plus_registers(tmp_path, monkeypatch, method, stage):
     settings = settings_for(fill(tmp_path, labelled=1), monkeypatch, method=method)
     settings.strong.training |= {"steps": 4}
@@ -229,30 +231,59 @@ def test_a_bad_case_is_reported_and_the_others_are_segmented_by_the_given_model(
         assert np.array_equal(mine, theirs)
 
 
-def test_two_workers_segment_as_one_does_also_when_one_of_them_is_killed(segmented, tmp_path, monkeypatch):
+KILLS = 20
+
+
+def workers_of_this_process():
+    """Processes that Dask has started as workers."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def test_two_workers_that_are_killed_at_random_moments_segment_as_one_does(segmented, tmp_path, monkeypatch):
     folder, whole = segmented
     model, killed = str(folder / "out" / "model.safetensors"), []
+    started, over = threading.Event(), threading.Event()
 
+    @contextmanager
     def connect(*arguments, connect=cluster.connect):
-        context = connect(*arguments)
+        with connect(*arguments) as client:
+            started.set()
+            yield client
+            started.clear()
 
-        @contextmanager
-        def with_a_loss():
-            with context as client:
-                first = next(iter(client.run(os.getpid).values()))
-                threading.Timer(0.5, lambda: killed.append(os.kill(first, signal.SIGKILL))).start()
-                yield client
-
-        return with_a_loss()
+    def kill():
+        rng = random.Random(0)
+        while len(killed) < KILLS and not over.wait(rng.uniform(0, 4)):
+            if started.is_set() and (found := workers_of_this_process()):
+                with suppress(psutil.Error):
+                    rng.choice(found).kill()
+                    killed.append(time.monotonic())
 
     monkeypatch.setattr(cluster, "connect", connect)
-    settings = settings_for(folder, monkeypatch, output=str(tmp_path), masks="", model=model, workers=2)
-    table = own.segment_folder(settings)
-    assert killed and table["case"].tolist() == whole["case"].tolist() and (table["status"] == "done").all()
-    assert table["confidence"].tolist() == pytest.approx(whole["confidence"].tolist(), abs=1e-5)
-    for name in table["case"]:
-        mine, theirs = (np.asarray(nib.load(out / f"{name}_mask.nii.gz").dataobj) for out in (tmp_path, folder / "out"))
-        assert (mine == theirs).mean() > 0.9999
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        for run in range(KILLS):  # a run may outlive few of them
+            output = tmp_path / str(run)
+            settings = settings_for(folder, monkeypatch, output=str(output), masks="", model=model, workers=2)
+            table = own.segment_folder(settings)
+            assert table["case"].tolist() == whole["case"].tolist() and (table["status"] == "done").all()
+            assert table["confidence"].tolist() == pytest.approx(whole["confidence"].tolist(), abs=1e-5)
+            for name in table["case"]:
+                files = (out / f"{name}_mask.nii.gz" for out in (output, folder / "out"))
+                mine, theirs = (np.asarray(nib.load(file).dataobj) for file in files)
+                assert (mine == theirs).mean() > 0.9999
+            if not killer.is_alive():
+                break
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) == KILLS
 
 
 def test_no_mask_at_all_and_a_second_run_in_the_same_folder_are_errors(tmp_path, monkeypatch):

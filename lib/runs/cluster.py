@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from lib.runs.params import ROOT, work_folder
 
 SHARED = "JOINT_"  # environment variables that begin so hold on every worker as they do here
 AHEAD = 4  # pieces of work
+LOSSES = 30  # workers that may die under a piece of work before it is given up: nodes are drained, and jobs run out
+SECONDS_BETWEEN_LOOKS = 2
 EXTRAS = {"slurm": "dask-jobqueue", "kubernetes": "dask-kubernetes"}
 
 
@@ -41,7 +44,7 @@ def connect(settings, workers):
     from distributed import Client, LocalCluster
 
     options, address = settings.cluster.options, address_of(settings)
-    dask.config.set({"distributed.comm.timeouts.connect": "20s"})
+    dask.config.set({"distributed.comm.timeouts.connect": "20s", "distributed.scheduler.allowed-failures": LOSSES})
     started = None
     if not address:
         started = LocalCluster(
@@ -59,25 +62,47 @@ def connect(settings, workers):
             f"cluster '{address}' is not one of {', '.join(EXTRAS)} or an address such as tcp://host:8786; leave it "
             "empty for the cores of this machine"
         )
-    client = Client(started or address)
+    client, over = Client(started or address), threading.Event()
+    if started:
+        threading.Thread(target=keep, args=(started, workers, over), daemon=True).start()
     try:
         yield client
     finally:
+        over.set()
         client.close()
         if started:
             started.close()
 
 
+def keep(started, workers, over):
+    """Ask a cluster for its workers again and again: Dask gives up one that dies while it starts."""
+    while not over.wait(SECONDS_BETWEEN_LOOKS):
+        started.scale(workers)
+
+
 def made(kind, options):
-    """A cluster of one of EXTRAS with the options of its class."""
+    """A cluster of one of EXTRAS with the options of its class.
+
+    A job of Slurm runs one piece of work at a time, on all of its ``cores``; the package's own default is as many
+    pieces as cores.
+    """
     try:
         if kind == "slurm":
-            from dask_jobqueue import SLURMCluster as Cluster
-        else:
-            from dask_kubernetes.operator import KubeCluster as Cluster
+            from dask_jobqueue import SLURMCluster
+
+            cores = options.get("cores")
+            one_at_a_time = {"cores": 1, "processes": 1} | ({"job_cpu": cores} if cores else {})
+            return SLURMCluster(**{**options, **one_at_a_time})
+        from dask_kubernetes.operator import KubeCluster
     except ImportError as error:
         raise ValueError(f"cluster '{kind}' needs a package: pip install {EXTRAS[kind]}") from error
-    return Cluster(**options)
+    return KubeCluster(**options)
+
+
+def threads_of(settings, workers):
+    """Threads of a piece of work: ``grid.threads``, or all cores of a Slurm job, or a share of this machine's."""
+    cores = settings.cluster.options.get("cores") if address_of(settings) == "slurm" else None
+    return settings.grid.threads or cores or max(1, (os.cpu_count() or 1) // workers)
 
 
 def mapped(client, work, *lists):
