@@ -112,7 +112,9 @@ def test_what_goes_onto_the_canvas_comes_back_to_its_place(shape, mm, space):
     stack = np.float32(sum((k + 1) * place for k, place in enumerate(places)) / 6)
     images = plan.images(stack, grid)
     assert images.shape[1:] == tuple(max(16, side) for side in plan.sides(grid))
-    back = plan.restored(torch.as_tensor(images)[:, None], grid)[:, 0].numpy()
+    parts = list(plan.restored(torch.as_tensor(images)[:, None], grid, 3))
+    assert all(len(part) == 3 for part in parts[:-1])
+    back = torch.cat(parts)[:, 0].numpy()
     assert back.shape == shape
     coarse = max(max(1, to / side) for side, to in zip(mm[-axes:], plan.spacing)) / min(shape[-axes:])
     assert np.abs(back - stack).max() <= 0.05 + 1.5 * coarse
@@ -125,3 +127,16 @@ def test_labels_follow_their_image_and_nothing_lies_beside_the_scan():
     grid = SimpleNamespace(slices=stack.shape, spacing=(1.0, 1.0, 1.0))
     labels = Plan("slices", 2, (1.0, 1.0), (16, 16)).labels(stack, grid)
     assert (labels[:, 3:8, 5:11] == 7).all() and (labels[:, 8:13, 5:11] == 3).all() and (labels > 0).sum() == stack.size
+
+
+def test_a_volume_is_restored_slice_by_slice_as_it_would_be_at_once():
+    plan = Plan("volumes", 2, (2.0, 2.0, 2.0), (8, 16, 16))
+    for slices in (16, 5, 1):  # finer, coarser and one
+        grid = SimpleNamespace(slices=(slices, 29, 31), spacing=(16.0 / slices, 32 / 29, 32 / 31))
+        soft = torch.rand(1, 3, *plan.sides(grid), generator=torch.Generator().manual_seed(0))
+        canvas = torch.zeros(1, 3, *plan.canvas)
+        first = [(room - side) // 2 for room, side in zip(plan.canvas, soft.shape[2:])]
+        canvas[(..., *(slice(start, start + side) for start, side in zip(first, soft.shape[2:])))] = soft
+        at_once = torch.nn.functional.interpolate(soft, size=grid.slices, mode="trilinear", align_corners=False)
+        found = torch.cat(list(plan.restored(canvas, grid, 4)))
+        assert torch.allclose(found, at_once[0].movedim(1, 0), atol=1e-5)

@@ -77,7 +77,7 @@ def segment(model, images, positions, grid, numerics):
     for soft in soft_masks(model, images[positions], numerics):
         at = plan.planes(positions[start : start + len(soft)], grid)
         start += len(soft)
-        for planes, masks in zip(np.split(at, range(FEW, len(at), FEW)), plan.restored(soft, grid).split(FEW)):
+        for planes, masks in zip(np.split(at, range(FEW, len(at), FEW)), plan.restored(soft, grid, FEW)):
             labels[planes] = values[to_labels(masks).cpu().numpy()]
             every = torch.cat((1 - masks.sum(dim=1, keepdim=True), masks), dim=1)
             confidence[planes] = every.amax(dim=1).clamp(0, 1).cpu().numpy().round(3)

@@ -61,17 +61,30 @@ class Plan(NamedTuple):
         """Which pixels of ``images`` were drawn at all, for boolean ``stack``; None for None, where all are."""
         return None if stack is None else self.images(stack, grid) > ENOUGH
 
-    def restored(self, masks, grid):
-        """Masks ``(n, classes, *space)`` of ``images``, as tensor ``(slices, classes, rows, columns)`` of the scan."""
+    def restored(self, masks, grid, few):
+        """Masks ``(n, classes, *space)`` of ``images``, on the scan's own slices.
+
+        Yields:
+            Tensors ``(few, classes, rows, columns)`` of slices one after another: all at once may not fit into memory.
+        """
         sides = self.sides(grid)
         middle = tuple(
             slice((room - side) // 2, (room - side) // 2 + side) for room, side in zip(masks.shape[2:], sides)
         )
         masks = masks[(..., *middle)]
-        if self.space == "volumes":
-            fine = F.interpolate(masks, size=grid.slices, mode="trilinear", align_corners=False)
-            return fine[0].movedim(1, 0)
-        return F.interpolate(masks, size=grid.slices[1:], mode="bilinear", align_corners=False)
+        if self.space == "volumes":  # trilinear: along the slices here, within them below
+            count, coarse = grid.slices[0], masks[0].movedim(1, 0)
+            at = ((torch.arange(count, device=masks.device) + 0.5) * len(coarse) / count - 0.5).clamp_min(0)
+            below = at.floor().long().clamp_max(len(coarse) - 1)
+            above, share = (below + 1).clamp_max(len(coarse) - 1), (at - below)[:, None, None, None]
+            parts = (
+                coarse[below[k : k + few]].lerp(coarse[above[k : k + few]], share[k : k + few].to(coarse.dtype))
+                for k in range(0, count, few)
+            )
+        else:
+            parts = masks.split(few)
+        for part in parts:
+            yield F.interpolate(part, size=grid.slices[1:], mode="bilinear", align_corners=False)
 
     def planes(self, positions, grid):
         """Which slices of a scan its images ``positions`` show: themselves, or all where the image is the volume."""
