@@ -127,6 +127,23 @@ def test_every_method_is_drawn_by_its_difference_from_the_baseline():
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "5"]
 
 
+def test_every_method_is_drawn_at_its_minutes_and_hollow_where_they_are_a_gpus():
+    rows = scores(["fs", contest.BASELINE, contest.OURS])
+    rows = rows.assign(minutes=rows["method"].map({"fs": 1.0, contest.BASELINE: 2.0, contest.OURS: 9.0}))
+    rows["device"] = rows["method"].map({"fs": "GPU"}).fillna("CPU, 1 thread")
+    table = contest.contest(rows, params.load())
+    panels = contest.chart_minutes(table).axes
+    assert [axes.get_title() for axes in panels] == ["1 labelled", "5 labelled"]
+    for axes, labelled in zip(panels, (1, 5)):
+        drawn = {line.get_label(): line for line in axes.lines}
+        assert {name: line.get_xdata()[0] for name, line in drawn.items()} == {"fs": 1, "fs+elastic": 2, "joint+": 9}
+        hollow = {name for name, line in drawn.items() if line.get_markerfacecolor() == "none"}
+        assert hollow == {"fs"}
+        own = table[table["n_labelled"] == labelled].set_index("method")["dsc_mean"]
+        assert drawn[contest.OURS].get_ydata()[0] == pytest.approx(own[contest.OURS])
+    assert len(contest.chart_minutes(table[:0]).axes) == 1
+
+
 def test_a_peer_with_fewer_draws_is_compared_on_those():
     """Its mean is the highest because its only draw is an easy one; joint+ leads it there by more than bcp."""
     rows = scores(["bcp", "mt", contest.OURS], labelled=(1,), level={"mt": -0.01})

@@ -1,8 +1,8 @@
 """`python -m lib.results.contest`: the methods of recipe `strong` beside one another, from what the grid has finished.
 
-Writes contest.csv, contest.md and contest.png to results/<cohort>/, and contest_ablation.csv and .md with the variants
-of a method. Intervals are over draws of labelled images and over test subjects together, so that they say what another
-draw and other subjects may bring.
+Writes contest.csv, contest.md, contest.png and contest_minutes.png to results/<cohort>/, and contest_ablation.csv and
+.md with the variants of a method. Intervals are over draws of labelled images and over test subjects together, so that
+they say what another draw and other subjects may bring.
 """
 
 import argparse
@@ -267,6 +267,32 @@ def chart(table):
     return figure
 
 
+def chart_minutes(table):
+    """DSC against minutes of all training that a method needs, a panel per number of labels: fast and good is up left.
+
+    Minutes on a GPU and on a CPU core cannot be compared: the former are hollow.
+    """
+    table = table[(table["split"] == "test") & (table["selection"] == "none") & (table["minutes"] > 0)]
+    table = table[table["baseline_difference"].notna() | (table["method"] == BASELINE)]
+    methods = table.groupby("n_labelled")["method"].nunique()
+    labels, named = sorted(methods.index[methods > 1]), {}
+    count = max(1, len(labels))
+    figure, panels = plt.subplots(1, count, figsize=(1.5 + 4 * count, 4), layout="constrained", squeeze=False)
+    for axes, labelled in zip(panels.flat, labels):
+        rows = table[table["n_labelled"] == labelled].set_index("method")
+        for method in (name for name in by_name() if name in rows.index):
+            row, colour = rows.loc[method], by_name()[method].colour
+            value = rows.loc[BASELINE, "dsc_mean"] + (0 if method == BASELINE else row["baseline_difference"])
+            inside = colour if row["device"].startswith("CPU") else "none"
+            (named[method],) = axes.plot(row["minutes"], value, "o", c=colour, mfc=inside, ms=9, mew=2, label=method)
+        axes.set(xscale="log", xlabel="minutes (filled: one CPU core, hollow: GPU)", title=f"{labelled} labelled")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.margins(0.1)
+    panels[0, 0].set_ylabel(f"DSC of {BASELINE}, plus the difference\non the same draws")
+    figure.legend(handles=list(named.values()), loc="outside right upper", fontsize=8)
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m lib.results.contest", description=__doc__.splitlines()[0])
     parser.add_argument("cohort")
@@ -278,6 +304,7 @@ def main():
     table.round(6).to_csv(results / "contest.csv", index=False)
     (results / "contest.md").write_text(markdown(table))
     write(chart(table), results / "contest.png")
+    write(chart_minutes(table), results / "contest_minutes.png")
     print(markdown(table))
 
 
