@@ -81,6 +81,7 @@ def by_ants(fuse):
 
 WAYS = {
     "make segment": by_segment(),
+    "make segment, joint+": by_segment("folder.method=joint+"),
     "make segment, slices": by_segment("folder.space=slices", "folder.size=64"),
     "ANTs SyN, majority vote": by_ants(ants.majority),
     "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),

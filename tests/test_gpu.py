@@ -10,13 +10,13 @@ from lib import augment, warping
 from lib.compute import Numerics
 from lib.methods import pretraining
 from lib.methods.experiment import Experiment
-from lib.methods.peers import bcp, elastic, one_stage
+from lib.methods.peers import bcp, elastic, joint_plus
 from lib.models import MrRegNet, ResidualUNet
 from lib.refinement import refine
 from lib.runs import params
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-PEERS = {"elastic": elastic, "bcp": bcp, "one_stage": one_stage}
+PEERS = {"elastic": elastic, "bcp": bcp, "joint_plus": joint_plus}
 
 
 def smooth(n, channels, space, seed=0):
@@ -97,7 +97,7 @@ def test_training_twice_gives_the_same_bits(name):
     found = []
     for _ in range(2):
         run = experiment()
-        if name == "one_stage":
+        if name == "joint_plus":
             pretraining.pretrain_registration(run)
         for file in params.work_folder("checkpoints").glob("*.pt"):
             file.unlink()

@@ -18,7 +18,7 @@ from lib.methods.pretraining import pretrain_registration
 from lib.runs import params
 
 CHANGES = "scale=smoke,device=cpu,precision=float32,scales.smoke.strong.training.steps=12"
-STAGES = ["elastic", "bcp", "consistency", "unimatch", "one_stage", "rounds"]
+STAGES = ["elastic", "bcp", "consistency", "unimatch", "joint_plus", "rounds"]
 
 
 def train(folder):

@@ -11,7 +11,7 @@ from lib import augment, losses
 from lib.methods import table
 from lib.methods.experiment import Experiment
 from lib.methods.mean_teacher import MeanTeacher
-from lib.methods.peers import bcp, consistency, one_stage, pairs, unimatch
+from lib.methods.peers import bcp, consistency, joint_plus, neighbours, pairs, unimatch
 from lib.methods.peers.learning import Lesson
 from lib.methods.pretraining import pretrain_registration
 from lib.results import evaluation, grid
@@ -147,26 +147,101 @@ def test_the_most_similar_labelled_images_are_kept_and_a_pair_is_of_its_own_imag
     assert all(source in found.sources[at] for at, source in zip(index, sources)) and not fields.any()
 
 
-def test_half_of_what_joint_plus_pastes_was_warped_onto_the_image_it_goes_into(lesson, monkeypatch):
-    """Nothing is augmented, and a field moves everything by the unlabelled image's own number of pixels."""
-    monkeypatch.setattr(Lesson, "move", lambda self, images, masks, generator, bend=True: (images, masks))
+def test_neighbours_are_the_most_similar_images_of_other_subjects_at_about_the_same_height():
+    images = torch.rand(9, 1, 12, 12, generator=draws())
+    subjects = torch.arange(9) // 3
+    found = neighbours.nearest(images, subjects, 4, 5)
+    assert found.shape == (5, 4)
+    for k, chosen in enumerate(found):
+        others = [m for m in range(9) if subjects[m] != subjects[k]]
+        similar = [float(losses.gncc(images[[k]], images[[m]])) for m in others]
+        assert chosen.tolist() == [others[m] for m in sorted(range(6), key=lambda m: -similar[m])[:4]]
+    assert neighbours.nearest(images, subjects, 20, 5).shape == (5, 6)  # all that there are
+    assert neighbours.nearest(images, torch.zeros(9), 4, 5).shape == (5, 0)  # of one subject
+    along = torch.tensor([0.0, 0.5, 1.0] * 3)
+    near = neighbours.nearest(images, subjects, 2, 9, along)
+    assert (along[near] == along[:, None]).all()
+    assert torch.equal(neighbours.nearest(images, subjects, 6, 9, along)[:, :2], near)
+
+
+@pytest.mark.parametrize("space", [(14, 16), (8, 10, 9)])
+def test_patches_do_not_see_brightness_and_contrast_and_weights_prefer_what_is_alike(space):
+    target = torch.rand(2, 1, *space, generator=draws())
+    found = neighbours.patches(target)
+    assert found.shape == (2, 25 if len(space) == 2 else 27, *space)
+    assert torch.allclose(found, neighbours.patches(0.2 + 3 * target), atol=0.05)
+    assert found.mean(1).abs().max() < 1e-4 and (found.std(1) < 1.01).all()
+    noise = lambda seed: torch.rand(2, *space, generator=draws(seed))
+    like, wrong, other = target[:, 0] + 0.05 * noise(1), noise(2), noise(3)
+    weights = neighbours.fusion_weights(torch.stack((like, wrong, other), 1), target, 0.1)
+    assert torch.allclose(weights.sum(1), torch.ones(2, *space), atol=1e-4)
+    assert (weights[:, 0] > weights[:, 1:].amax(1)).float().mean() > 0.98
+    # Two that are wrong in the same way weigh together hardly more than one of them alone.
+    twice = neighbours.fusion_weights(torch.stack((wrong, wrong, other), 1), target, 0.01).mean(
+        dim=(0, *range(2, 2 + len(space)))
+    )
+    assert twice[0] == pytest.approx(float(twice[1]), rel=1e-3) and twice[2] > 1.5 * twice[0]
+    alike = neighbours.fusion_weights(torch.stack((like, wrong, other), 1), target, 1e4)
+    assert torch.allclose(alike, torch.full_like(alike, 1 / 3), atol=1e-3)
+
+
+def test_masks_are_handed_on_along_the_fields_by_their_weights():
+    masks = torch.rand(3, 2, 10, 10, generator=draws())
+    fields = torch.zeros(1, 2, 2, 10, 10, dtype=torch.float16)
+    fields[:, 1, 0] = 2  # the second source moves by two rows
+    weights = torch.tensor([0.25, 0.75]).reshape(1, 2, 1, 1).expand(1, 2, 10, 10)
+    fused = neighbours.Neighbours(torch.tensor([[1, 2]]), fields, weights).fuse(masks)
+    assert fused.shape == (1, 2, 10, 10)
+    assert torch.allclose(fused[0, :, :8], 0.25 * masks[1, :, :8] + 0.75 * masks[2, :, 2:], atol=1e-5)
+
+
+def test_neighbours_are_found_without_masks_and_controls_leave_out_what_they_are_to_measure(trial):
+    options, data = trial.settings.strong.joint_plus, trial.data
+    trial.settings.refinement |= {"steps": [1, 1]}
+    trial.settings.registration |= {"epochs": 1}
+    options |= {"neighbours": 3}
+    pretrain_registration(trial)
+    count, subjects = len(data.unlabelled), trial.cohort.subjects
+    pool = torch.cat((data.unlabelled, data.labelled))
+    found = neighbours.find_neighbours(trial)
+    assert found.sources.shape == (count, 3) and found.fields.shape == (count, 3, 2, 32, 32) and found.fields.any()
+    own, theirs = subjects[data.unlabelled][:, None], subjects[pool[found.sources]]
+    assert (own != theirs).all()
+    data.masks.zero_()
+    again = neighbours.find_neighbours(trial)
+    assert all(torch.equal(*pair) for pair in zip(found[:3], again[:3])) and found.cause == again.cause
+    options |= {"control": "unmoved"}
+    still = neighbours.find_neighbours(trial)
+    assert torch.equal(still.sources, found.sources) and not still.fields.any() and still.cause != found.cause
+    options |= {"control": "random"}
+    random = neighbours.find_neighbours(trial)
+    assert (subjects[pool[random.sources]] != own).all() and not torch.equal(random.sources, found.sources)
+
+
+def test_labelled_images_hand_on_their_true_masks_and_the_network_keeps_a_part_of_its_own(trial):
+    data, options = trial.data, trial.settings.strong.joint_plus
+    network = trial.segmentation_network()
+    masks = joint_plus.pool_masks(trial, network)
+    count = len(data.unlabelled)
+    assert torch.equal(masks[count:], data.masks[data.labelled]) and masks[:count].std() > 0
+    one = torch.full((count, 1), count)  # every neighbour is the first labelled image, where it lies
+    given = neighbours.Neighbours(one, torch.zeros(count, 1, 2, 32, 32), torch.ones(count, 1, 32, 32))
+    for own in (0.0, 0.3, 1.0):
+        options |= {"own": own}
+        expected = own * masks[:count] + (1 - own) * data.masks[data.labelled[:1]]
+        assert torch.allclose(joint_plus.fused_masks(trial, given, network), expected, atol=1e-4)
+    nobody = neighbours.Neighbours(one[:, :0], given.fields[:, :0], given.weights[:, :0])
+    assert torch.equal(joint_plus.fused_masks(trial, nobody, network), masks[:count])
+
+
+def test_what_the_network_goes_on_from_moves_with_its_images(lesson, monkeypatch):
     monkeypatch.setattr(Lesson, "light", lambda self, images, generator: images)
-    count = len(lesson.unlabelled)
-    by = torch.arange(count) % 4
-    fields = by.reshape(-1, 1, 1, 1, 1).float().expand(count, 1, 2, 32, 32)
-    supply = one_stage.Warped(pairs.Fields(torch.zeros(count, 1, dtype=int), fields), lesson)
-    images, masks, free = supply.both(8, draws())
-    is_one_of = lambda image, those: any(torch.allclose(image, each, atol=1e-6) for each in those)
-    assert all(is_one_of(image, lesson.labelled) for image in images[:4])
-    for image, mask, target in zip(images[4:], masks[4:], free[4:]):
-        shift = int(by[next(k for k in range(count) if torch.equal(lesson.unlabelled[k], target))])
-        inner = slice(0, 32 - shift)
-        for warped, source in ((image, lesson.labelled[0]), (mask, lesson.masks[0])):
-            assert torch.allclose(warped[:, inner, inner], source[:, shift:, shift:], atol=1e-5)
-    known, _ = supply.known(8, draws())
-    assert sum(is_one_of(image, lesson.labelled) for image in known) >= 4
-    lesson.options.one_stage |= {"unwarped": 1.0}
-    assert all(is_one_of(image, lesson.labelled) for image in supply.both(8, draws())[0])
+    images, masks = joint_plus.taught_by(lesson.unlabelled)(lesson, 6, draws())  # the images as their own masks
+    middle = (..., slice(10, 22), slice(10, 22))  # beyond the edge an image goes on and a mask ends
+    assert torch.allclose(images[middle], masks[middle], atol=1e-5)
+    assert not any(torch.allclose(image, own, atol=1e-2) for image in images for own in lesson.unlabelled)
+    batch = bcp.paste_both_ways(lesson, joint_plus.taught_by(torch.zeros_like(lesson.unlabelled)), draws())
+    assert set(batch.weight.unique().tolist()) == {0.5, 1.0} and not (batch.target * (batch.weight < 1)).any()
 
 
 def test_random_fields_are_as_strong_as_those_that_they_replace_and_shuffled_ones_are_of_another_image():
@@ -210,8 +285,8 @@ def test_every_method_trains_sees_its_budget_and_predicts(trial, stage):
     finally:
         hooked.remove()
     steps = (
-        3 if stage in ("self_training", "joint") else 6
-    )  # the teacher, and the start of joint, have had the other half
+        3 if stage in ("self_training", "joint", "joint_plus") else 6
+    )  # the teacher, and what comes before the rounds or the fusion, have had the other half
     assert len(fit.history) == steps
     extra = 4 if stage == "unimatch" else 0  # the second strong view of the same images
     assert seen == [8 + extra] * 6  # of self-training and joint both halves
@@ -222,7 +297,7 @@ def test_every_method_trains_sees_its_budget_and_predicts(trial, stage):
     assert set(found) == {method.name for method in table.METHODS if method.stage.name == stage}
 
 
-@pytest.mark.parametrize("stage", ["elastic", "bcp", "one_stage"])
+@pytest.mark.parametrize("stage", ["elastic", "bcp", "joint_plus"])
 def test_methods_train_on_volumes_by_the_same_code_and_are_scored_in_mm(tmp_path, monkeypatch, stage):
     monkeypatch.setenv("JOINT_OUTPUT", str(tmp_path))
     monkeypatch.setenv("JOINT_SET", "scale=smoke")
@@ -233,7 +308,7 @@ def test_methods_train_on_volumes_by_the_same_code_and_are_scored_in_mm(tmp_path
     made_up_volumes().save(params.cohort_file(settings))
     experiment = Experiment(settings)
     assert experiment.data.images.shape[1:] == (1, 16, 20, 24)
-    if stage == "one_stage":
+    if stage == "joint_plus":
         pretrain_registration(experiment)
     import_module(f"lib.methods.peers.{stage}").train(experiment)
     found = evaluation.evaluate(experiment, only=stage)
@@ -260,16 +335,16 @@ def test_every_stage_of_the_recipe_is_an_item_and_reads_its_own_settings_alone(s
     pasted, warped = groups[0][:2]
     assert grid.notebooks_of(pasted) == ["12_peers", "08_evaluation"]
     assert grid.notebooks_of(warped) == ["03_pretrain_registration", "12_peers", "08_evaluation"]
-    ours = grid.Item("strong", 1, 1, "", "one_stage")
-    assert ours.name == "strong-one_stage-1-seed_1"
+    ours = grid.Item("strong", 1, 1, "", "joint_plus")
+    assert ours.name == "strong-joint_plus-1-seed_1"
     assert grid.notebooks_of(ours) == ["03_pretrain_registration", "06_joint_plus", "08_evaluation"]
     plain = grid.Item("paper", 10, 1)
     keys = lambda: [grid.key_of(item, params.load()) for item in (pasted, warped, plain, ours)]
     before = keys()
     for change, changed in (
         ("strong.bcp.share=0.5", [0, 3]),
-        ("strong.one_stage.unwarped=0.4", [3]),
-        ("strong.pairs.kept=1", [1, 3]),
+        ("strong.joint_plus.own=0.4", [3]),
+        ("strong.pairs.kept=1", [1]),
         ("scales.smoke.strong.training.steps=7", [0, 1, 3]),
         ("registration.batch=7", [1, 2, 3]),
         ("strong.selection=validation", [0, 1, 3]),

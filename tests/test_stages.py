@@ -58,7 +58,7 @@ TRAINED = {*TRAINING, *EVALUATED, "figure2"}
             "methods/mean_teacher.py",
             {"mean_teacher", "peers", "joint_plus", "cctr", *EVALUATED, "roofline"},
         ),
-        ("methods/peers/one_stage.py", {"peers", "joint_plus", *EVALUATED}),
+        ("methods/peers/joint_plus.py", {"peers", "joint_plus", *EVALUATED}),
         ("methods/cctr/contrast.py", {"cctr", *EVALUATED}),
         ("methods/classical.py", EVALUATED),
         ("methods/peers/rounds.py", {"peers", *EVALUATED}),

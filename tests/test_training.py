@@ -16,7 +16,7 @@ from lib.cohorts.cohort import Cohort
 from lib.cohorts.reading import min_max
 from lib.cohorts.splitting import split_by_subject
 from lib.methods import experiment, joint, mean_teacher, pretraining
-from lib.methods.peers import elastic, one_stage, rounds
+from lib.methods.peers import elastic, joint_plus, rounds
 from lib.results import evaluation, tables
 from lib.results.statistics import average_classes
 from lib.runs import params
@@ -142,7 +142,7 @@ def test_several_classes_from_training_to_tables_by_every_method(trial):
     mean_teacher.train_mean_teacher(trial)
     strong = experiment.Experiment(params.load("strong"))
     pretraining.pretrain_registration(strong)
-    for peer in (elastic, rounds, one_stage):
+    for peer in (elastic, rounds, joint_plus):
         peer.train(strong)
     found = [evaluation.evaluate(trial), evaluation.evaluate(strong), evaluation.evaluate_untrained(trial)]
     assert [set(part.masks) for part in found] == [PAPER, STRONG, {"classical"}]
@@ -165,7 +165,7 @@ from lib import training
 from lib.methods import experiment, joint, mean_teacher, pretraining
 from lib.methods.cctr import correspondence
 from lib.methods.cctr import train as cctr
-from lib.methods.peers import one_stage, rounds
+from lib.methods.peers import joint_plus, rounds
 from lib.runs import params
 training.CHECKPOINT_SECONDS = 0
 trial = experiment.Experiment(params.load("paper"))
@@ -177,7 +177,7 @@ mean_teacher.train_mean_teacher(trial)
 trial = experiment.Experiment(params.load("strong"))
 trial.settings.strong.training |= {"steps": 30, "batch": 4}
 pretraining.pretrain_registration(trial)
-one_stage.train(trial)
+joint_plus.train(trial)
 rounds.train(trial)
 trial.settings.cctr |= {"watched": 4}
 cctr.train_cctr(trial, correspondence.stored_registration(trial))

@@ -72,7 +72,7 @@ CCTR = Stage(
 )
 
 
-def peer(name, *after, notebook=PEERS, needs_unlabelled=True, parts=()):
+def peer(name, *after, notebook=PEERS, needs_unlabelled=True, parts=(), sections=()):
     """A stage of recipe `strong` alone: its module under methods.peers trains it and predicts."""
     return Stage(
         name,
@@ -83,6 +83,7 @@ def peer(name, *after, notebook=PEERS, needs_unlabelled=True, parts=()):
         needs_unlabelled=needs_unlabelled,
         recipes=("strong",),
         parts=parts,
+        sections=sections,
     )
 
 
@@ -134,15 +135,22 @@ METHODS = (
     Method("bcp", peer("bcp"), "#17becf", "bidirectional copy-paste (Bai et al., CVPR 2023)"),
     Method(
         "brainstorm",
-        peer("brainstorm", "registration", "pairs"),
+        peer("brainstorm", "registration", "pairs", parts=("pairs",), sections=("refinement",)),
         "#98df8a",
         "pairs by registration alone (Zhao et al., CVPR 2019)",
     ),
     Method(
         "joint+",
-        peer("one_stage", "registration", "pairs", notebook=OURS, parts=("bcp",)),
+        peer(
+            "joint_plus",
+            "registration",
+            "neighbours",
+            notebook=OURS,
+            parts=("bcp",),
+            sections=("refinement",),
+        ),
         "#d62728",
-        "copy-paste of labelled images warped onto the unlabelled ones that they are pasted into",
+        "copy-paste with masks that registration has fused from similar images",
         ("fs+elastic", "bcp"),
         width=2.5,
         in_reliability=True,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lib.methods import table
 from lib.runs import cluster, params, versions
-from lib.runs.cabinet import PAIRS, Cabinet
+from lib.runs.cabinet import Cabinet
 
 EVALUATION = "08_evaluation"
 
@@ -114,8 +114,6 @@ def strong_parts(item, own):
     if stage.after:
         names.append(versions.NUMERICS)
         parts["registration"] = own.registration
-    if PAIRS in stage.after:
-        parts |= {"refinement": own.refinement, "pairs": strong.pairs}
     if own.selection != "none":
         parts["selection"] = own.selection
     return names, parts
@@ -266,7 +264,7 @@ def main(arguments=()):
         print(f"grid of {settings.cohort}: all {total} items are done")
         return 0
     workers = max(1, min(settings.grid.workers, left))
-    threads = settings.grid.threads or max(1, (os.cpu_count() or 1) // workers)
+    threads = cluster.threads_of(settings, workers)
     failures = []
     with (
         cluster.connect(settings, workers) as client,

@@ -13,7 +13,8 @@ from lib.runs.files import replacing
 from lib.runs.params import work_folder
 
 WITHOUT_MASKS = ("registration",)  # stages that are the same at any rate, since they see no mask
-PAIRS = "pairs"  # the name under which it is noted what registering labelled images to unlabelled ones took
+# Names under which it is noted what registering images to unlabelled ones took: labelled ones, and any.
+PAIRS, NEIGHBOURS = "pairs", "neighbours"
 
 
 def save_atomically(contents, file):

@@ -165,9 +165,7 @@ def trained(settings, plan, store, intake, output, progress):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
     read = "seed", "scale", "device", "precision", "segmentation", "registration", "refinement", "pseudo_masks"
     relevant = {name: settings[name] for name in read}
-    relevant["strong"] = {
-        name: settings.strong[name] for name in ("training", "augmentation", "pairs", "bcp", "one_stage")
-    }
+    relevant["strong"] = {name: settings.strong[name] for name in ("training", "augmentation", "bcp", "joint_plus")}
     names = (
         "method",
         "drawn",

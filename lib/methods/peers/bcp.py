@@ -52,42 +52,34 @@ class Batch(NamedTuple):
     weight: torch.Tensor  # (batch, 1, *space) how much a pixel counts
 
 
-class Supply:
-    """Where the images of a batch come from.
-
-    Args:
-        lesson: peers.learning.Lesson.
-    """
-
-    def __init__(self, lesson):
-        self.lesson = lesson
-
-    def known(self, count, generator):
-        """``count`` labelled images and their masks."""
-        return self.lesson.known(count, generator)
-
-    def both(self, count, generator):
-        """``count`` labelled images, their masks, and as many unlabelled images to be mixed with them."""
-        images, masks = self.known(count, generator)
-        return images, masks, self.lesson.light(self.lesson.free(count, generator), generator)
+def taught_by_teacher(lesson, count, generator):
+    """``count`` unlabelled images, augmented, and the averaged network's masks of them."""
+    images = lesson.light(lesson.free(count, generator), generator)
+    return images, lesson.teacher(images)
 
 
-def make_batch(supply, generator, step):
-    """The Batch of training step ``step``."""
-    lesson, options = supply.lesson, supply.lesson.options.bcp
+def make_batch(lesson, unlabelled, generator, step):
+    """The Batch of training step ``step``, by ``unlabelled``: a function as ``taught_by_teacher``."""
+    options = lesson.options.bcp
     batch, space = lesson.training.batch, lesson.labelled.shape[2:]
     if step < options.pretraining * lesson.training.steps:
-        (first, first_masks), (second, second_masks) = (supply.known(batch, generator) for _ in range(2))
+        (first, first_masks), (second, second_masks) = (lesson.known(batch, generator) for _ in range(2))
         inside = box(batch, space, options.share, generator)
         images, target = paste(first, second, inside), paste(first_masks, second_masks, inside)
         return Batch(images, target, torch.ones_like(inside))
-    half = batch // 2
-    known, masks, free = supply.both(half, generator)
-    guessed = (lesson.teacher(free) > 0.5).float()
+    return paste_both_ways(lesson, unlabelled, generator)
+
+
+def paste_both_ways(lesson, unlabelled, generator):
+    """A Batch of labelled images pasted into unlabelled ones and the other way round; see ``make_batch``."""
+    options, half = lesson.options.bcp, lesson.training.batch // 2
+    known, masks = lesson.known(half, generator)
+    free, guessed = unlabelled(lesson, half, generator)
+    guessed = (guessed > 0.5).float()
     if options.one_piece:
         guessed = largest_components(guessed)
     guessed = lesson.guessed(guessed)
-    inside = box(half, space, options.share, generator)
+    inside = box(half, free.shape[2:], options.share, generator)
     true = torch.cat((inside, 1 - inside))  # where the mask was drawn by hand
     return Batch(
         torch.cat((paste(known, free, inside), paste(free, known, inside))),
@@ -96,17 +88,14 @@ def make_batch(supply, generator, step):
     )
 
 
-def loss_of(supply):
-    """A batch_loss, see learning.learn, of images that come from ``supply``."""
-
-    def batch_loss(lesson, generator, step):
-        batch = make_batch(supply(lesson), generator, step)
-        return {"loss": lesson.loss(lesson.student(batch.images), batch.target, batch.weight)}
-
-    return batch_loss
+def loss_of(lesson, batch):
+    """The named losses of a Batch, for learning.learn."""
+    return {"loss": lesson.loss(lesson.student(batch.images), batch.target, batch.weight)}
 
 
-batch_loss = loss_of(Supply)  # BCP's own
+def batch_loss(lesson, generator, step):
+    """A batch_loss of learning.learn: BCP's own."""
+    return loss_of(lesson, make_batch(lesson, taught_by_teacher, generator, step))
 
 
 def train(experiment):

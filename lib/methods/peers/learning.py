@@ -17,6 +17,12 @@ from lib.training import draw_indices, fit, weights_digest
 SEEDS = ("fair",)  # the word that seeds all draws of the recipe
 
 
+def labelled_images(experiment):
+    """Indices of the images whose masks train: with ``selection: training`` also those that validate elsewhere."""
+    data = experiment.data
+    return torch.cat((data.labelled, data.validation)) if experiment.settings.selection == "training" else data.labelled
+
+
 class Lesson:
     """What a method makes its batches of, and the networks that it may ask.
 
@@ -30,9 +36,7 @@ class Lesson:
         self.options = experiment.settings.strong
         self.training = self.options.training
         self.networks = networks
-        known = self.data.labelled
-        if experiment.settings.selection == "training":
-            known = torch.cat((known, self.data.validation))
+        known = labelled_images(experiment)
         self.labelled, self.masks = self.data.images[known], self.data.masks[known]
         self.partly = self.data.drawn is not None  # masks then have a last channel that says where they are drawn
         if self.partly:

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.colors import to_rgba
 from matplotlib.patches import ConnectionPatch
 
@@ -86,6 +87,38 @@ def gallery(images, masks, titles, columns=6, predicted=None):
             outline(ax, mask, OTHER)
     figure.tight_layout()
     return figure
+
+
+def neighbours(images, truth, masks, found, rows, columns=5):
+    """Unlabelled images, one in a row, and the neighbours that are registered to each.
+
+    Args:
+        images, truth: ``(pool, channels, *space)`` and ``(pool, classes, *space)``, the unlabelled images first.
+        masks: ``(pool, classes, *space)``, which the neighbours hand on.
+        found: methods.peers.neighbours.Neighbours.
+        rows: positions of the images to show.
+        columns: how many neighbours are shown of each.
+    """
+    pictures, outlines, predicted, titles = [], [], [], []
+    for row in rows:
+        at = truth[row].sum(dim=(0, -1, -2)).argmax() if truth.ndim == 5 else None
+        cut = lambda image, at=at: image if at is None else image[:, at]  # a slice of a volume
+        nothing = torch.zeros_like(cut(truth[row]))
+        pictures.append(cut(images[row, :1]))
+        outlines.append(cut(truth[row]))
+        predicted.append(nothing)
+        titles.append("unlabelled")
+        for k in range(min(columns, found.sources.shape[1])):
+            source, field = found.sources[row, k, None], found.fields[row, k, None].float()
+            mask = warp(masks[source], field)[0]
+            marked = mask.amax(0) > 0.5
+            weight = float(found.weights[row, k][marked].mean()) if marked.any() else 0.0
+            pictures.append(cut(warp(images[source, :1], field)[0]))
+            outlines.append(nothing)
+            predicted.append(cut(mask))
+            titles.append(f"weight {weight:.2f}")
+    pictures, outlines, predicted = (torch.stack(part) for part in (pictures, outlines, predicted))
+    return gallery(pictures, outlines, titles, columns=len(titles) // len(rows), predicted=predicted)
 
 
 def draw_grid(axes, displacement, spacing=4):

@@ -15,7 +15,7 @@ import torch
 from lib import DataError
 from lib.augment import light, place
 from lib.methods.experiment import Experiment
-from lib.methods.peers import bcp, elastic, one_stage
+from lib.methods.peers import bcp, elastic, joint_plus
 from lib.methods.pretraining import pretrain_registration
 from lib.metrics import dice
 from lib.models import ROOT
@@ -31,7 +31,7 @@ from lib.scans.reading.folder import read_case
 from lib.scans.reading.intake import build, chosen_slices, class_names, folds_of, subjects_of
 
 DEGRADED = "rotation", "scaling", "shift", "gamma", "contrast", "brightness", "blur", "noise"
-METHODS = {"fs+elastic": elastic, "bcp": bcp, "joint+": one_stage}  # that folder.method may name
+METHODS = {"fs+elastic": elastic, "bcp": bcp, "joint+": joint_plus}  # that folder.method may name
 SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
@@ -125,7 +125,7 @@ def train_fold(settings, plan, store, intake, number, held_out, done, divisor=1)
     experiment.numerics.share = 1 / divisor
     experiment.after_step = partial(done, step_takes(own.strong.training))
     method = METHODS[settings.folder.method] if len(experiment.data.unlabelled) and not number else elastic
-    if method is one_stage:
+    if method is joint_plus:
         pretrain_registration(experiment)
     network, _ = method.train(experiment)
     return network, experiment.numerics, experiment.origin
@@ -139,6 +139,8 @@ def fold_settings(settings, plan, number, divisor=1):
     training = own.strong.training
     if plan.space == "volumes":
         training.update(own.volumes.training)
+        own.registration.update(own.volumes.registration)
+        own.strong.joint_plus.update(own.volumes.joint_plus)
     training["batch"] = max(min(SMALLEST_BATCH, training.batch), training.batch // divisor)
     if number:
         training["steps"] = max(1, round(own.folder.quick * training.steps))

@@ -1,0 +1,96 @@
+"""joint+: registration hands the network's masks from image to image, and the network learns from what they agree on.
+
+1. For a first part of the steps a network learns by BCP.
+2. Every unlabelled image has its neighbours, labelled or not, registered to it. Their masks, true or the network's, are
+   warped onto it and fused with its own (see ``neighbours``).
+3. The network goes on by copy-paste, with the fused masks in place of its own.
+
+So joint+ without the second step is BCP that goes on from its own masks, and what registration is worth can be read
+from the difference. P1's joint training is its ancestor: there too both networks make the pseudo-masks that the
+segmentation goes on from, but only labelled images are warped.
+"""
+
+import torch
+
+from lib.methods.peers import bcp
+from lib.methods.peers.learning import labelled_images, learn, prediction
+from lib.methods.peers.neighbours import find_neighbours
+from lib.methods.pretraining import save_network, segment
+from lib.training import draw_indices
+
+
+@torch.no_grad()
+def pool_masks(experiment, network):
+    """Masks of the unlabelled images by the network, then of the labelled ones, true wherever they are drawn.
+
+    Returns:
+        ``(pool, classes, *space)`` in [0, 1]; the pool is that of ``neighbours``.
+    """
+    data, known = experiment.data, labelled_images(experiment)
+    free, true = segment(experiment, network, data.unlabelled), data.masks[known]
+    if data.drawn is not None:
+        drawn = data.drawn[known]
+        true = drawn * true + (1 - drawn) * segment(experiment, network, known)
+    return torch.cat((free.float(), true))
+
+
+def fused_masks(experiment, neighbours, network):
+    """What the network goes on from: masks ``(unlabelled, classes, *space)`` in [0, 1]."""
+    masks, own = pool_masks(experiment, network), experiment.settings.strong.joint_plus.own
+    guessed = masks[: len(experiment.data.unlabelled)]
+    return own * guessed + (1 - own) * neighbours.fuse(masks) if neighbours.sources.shape[1] else guessed
+
+
+def taught_by(masks):
+    """As bcp.taught_by_teacher: with these masks of all unlabelled images, moved with them."""
+
+    def unlabelled(lesson, count, generator):
+        index = draw_indices(len(masks), count, generator)
+        images, moved = lesson.move(lesson.unlabelled[index], masks[index], generator)
+        return lesson.light(images, generator), moved
+
+    return unlabelled
+
+
+def begin(experiment):
+    """The first part, BCP: (ResidualUNet, Fit)."""
+    options = experiment.settings.strong
+    part = options.joint_plus.pretraining
+    return learn(experiment, "joint_plus_start", bcp.batch_loss, [options.bcp], part, "joint+: before fusion")
+
+
+def go_on(experiment, network, cause, masks):
+    """The second part: (ResidualUNet, Fit).
+
+    Args:
+        network: of the first part.
+        cause: of the Neighbours.
+        masks: of ``fused_masks``.
+    """
+    options, unlabelled = experiment.settings.strong, taught_by(masks)
+
+    def batch_loss(lesson, generator, step):
+        return bcp.loss_of(lesson, bcp.paste_both_ways(lesson, unlabelled, generator))
+
+    part = 1 - options.joint_plus.pretraining
+    return learn(experiment, "joint_plus", batch_loss, [options.bcp, cause], part, "joint+", start=network)
+
+
+def train(experiment):
+    """(ResidualUNet, Fit) of the second part; the Fit's seconds are those of both."""
+    first, begun = begin(experiment)
+    neighbours = find_neighbours(experiment)
+    network, found = go_on(experiment, first, neighbours.cause, fused_masks(experiment, neighbours, first))
+    return save(experiment, network, begun, found)
+
+
+def save(experiment, network, begun, found):
+    """Save the network, with the time of both parts: (ResidualUNet, Fit), as ``train``."""
+    found = found._replace(seconds=begun.seconds + found.seconds)
+    save_network(experiment, "joint_plus", network, found)
+    return network, found
+
+
+def predict(experiment, index):
+    """See methods.table."""
+    return prediction(experiment, index, "joint_plus", "joint+")
