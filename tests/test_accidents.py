@@ -89,8 +89,9 @@ def start(folder, log):
 STAGES = [
     (signal.SIGTERM, lambda text, out: "reading:" in text),
     (signal.SIGINT, lambda text, out: "registration:" in text),
-    (signal.SIGKILL, lambda text, out: "pairs:" in text),
-    (signal.SIGTERM, lambda text, out: "joint+:" in text),
+    (signal.SIGTERM, lambda text, out: "before fusion:" in text),
+    (signal.SIGKILL, lambda text, out: "neighbours:" in text),
+    (signal.SIGTERM, lambda text, out: "joint+:  " in text),
     (signal.SIGKILL, lambda text, out: "elastic:" in text),
     (signal.SIGKILL, lambda text, out: any(out.glob("case*_mask.nii.gz"))),
 ]

@@ -46,7 +46,7 @@ def test_a_stage_that_runs_again_leaves_one_note_and_every_run_has_its_own(trial
         ("strong", 10, 3, None),
         ("paper", 50, 3, None),
         ("paper", 10, 4, None),
-        ("strong", 10, 3, "all warped"),
+        ("strong", 10, 3, "nothing fused"),
     ):
         other = Experiment(params.load(recipe, rate=rate, seed=seed))
         other.settings = other.cabinet.settings = params.load(recipe, rate=rate, seed=seed, variant=variant)
