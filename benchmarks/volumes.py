@@ -86,7 +86,7 @@ WAYS = {
     "ANTs SyN, majority vote": by_ants(ants.majority),
     "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),
 }
-OURS = list(WAYS)[:2]
+OURS = list(WAYS)[:3]
 
 
 def labels_in(file):
