@@ -89,16 +89,16 @@ def patches(images):
 
 
 def fusion_weights(warped, target, regularisation):
-    """The weights of joint label fusion (Wang et al., TPAMI 2013, eqs. 8 and 11): similar sources weigh much, sources
+    """The weights of joint label fusion (Wang et al., TPAMI 2013): similar sources weigh much, sources
     that are wrong together share their weight.
 
     Args:
         warped: ``(n, k, *space)``, sources warped onto the target.
         target: ``(n, 1, *space)``.
-        regularisation: alpha of eq. 8; the larger it is, the more alike are the weights.
+        regularisation: alpha of the paper, added to the diagonal; the larger it is, the more alike are the weights.
 
     Returns:
-        ``(n, k, *space)``, with sum 1 over the k.
+        ``(n, k, *space)``, with sum 1 over the k; single ones may be negative.
     """
     count, own = warped.shape[1], patches(target)
     errors = torch.stack([(patches(warped[:, k, None]) - own).abs() for k in range(count)], 1)
