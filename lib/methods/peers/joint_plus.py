@@ -60,14 +60,15 @@ def begin(experiment):
 
 
 def go_on(experiment, network, cause, masks):
-    """The second part: (ResidualUNet, Fit).
+    """The second part: (ResidualUNet, Fit). Setting ``strong.joint_plus.control``: with ``teacher`` it is BCP again.
 
     Args:
         network: of the first part.
         cause: of the Neighbours.
         masks: of ``fused_masks``.
     """
-    options, unlabelled = experiment.settings.strong, taught_by(masks)
+    options = experiment.settings.strong
+    unlabelled = bcp.taught_by_teacher if options.joint_plus.control == "teacher" else taught_by(masks)
 
     def batch_loss(lesson, generator, step):
         return bcp.loss_of(lesson, bcp.paste_both_ways(lesson, unlabelled, generator))
