@@ -34,14 +34,18 @@ VALUES = {1: "anterior", 2: "posterior"}
 SPLIT = params.ROOT / "results" / "hippocampus_centre" / "split.csv"
 
 
-def write_folder(folder, labelled, draw):
-    """Images, and masks of the drawn ones; ``draw`` says which. Returns the masks of the others, by name."""
+def pick(part, count, rng):
+    """(files of all cases: image and mask, by name; names of ``count`` random ones that are of a part of the split)."""
     with open(SPLIT, newline="") as stream:
         split = {row["subject"]: row["split"] for row in csv.DictReader(stream)}
     files, _ = chosen_cases(params.load("strong", "hippocampus3d").hippocampus3d)
+    return files, rng.permutation(sorted(name for name in files if split.get(name) == part))[:count]
+
+
+def write_folder(folder, labelled, draw):
+    """Images, and masks of the drawn ones; ``draw`` says which. Returns the masks of the others, by name."""
     rng = np.random.default_rng([draw, 7])
-    pick = lambda part, count: rng.permutation(sorted(name for name in files if split.get(name) == part))[:count]
-    drawn, scored = pick("train", labelled), pick("test", CASES)
+    (_, drawn), (files, scored) = pick("train", labelled, rng), pick("test", CASES, rng)
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
     for name in (*drawn, *scored):

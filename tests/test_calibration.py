@@ -57,19 +57,28 @@ def held_out(shape, cases, rng, scatter_of_cases, scatter_of_views=0.03):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("cases", [1, 2, 5, 20])
-@pytest.mark.parametrize("scatter_of_cases", [0.02, 0.06, 0.1])
-def test_the_interval_holds_19_of_20_new_cases_however_few_were_held_out(shape, cases, scatter_of_cases):
-    """Views scatter by 0.03. Few cases do not show that cases differ three times as much, if they do."""
+@pytest.mark.parametrize("cases", [19, 20, 40, 100])
+@pytest.mark.parametrize("scatter_of_cases", [0.02, 0.1])
+def test_the_interval_holds_19_of_20_new_cases(shape, cases, scatter_of_cases):
+    """Views scatter by 0.03."""
     rng, inside, trials, errors = np.random.default_rng(0), 0, 400, []
     for _ in range(trials):
         rows, shift = held_out(SHAPES[shape], cases, rng, scatter_of_cases)
-        predicted, low, high = calibration.predict_dsc(rows, 0.93)
-        true = SHAPES[shape](0.93) + shift + rng.normal(0, 0.03)
-        inside += low <= min(1, true) <= high
-        errors.append(predicted - true)
-    assert inside / trials >= (0.85 if cases <= 5 and scatter_of_cases == 0.1 else 0.93)
-    assert abs(np.mean(errors)) < 0.02
+        x = 0.95 + rng.normal(0, 0.008)
+        predicted, low, high = calibration.predict_dsc(rows, x)
+        true = SHAPES[shape](x) + shift + rng.normal(0, 0.03)
+        inside += low <= np.clip(true, 0, 1) <= high
+        errors.append(predicted - min(1, true))
+    assert inside / trials >= 0.925  # 0.95, less what 400 trials leave open
+    assert abs(np.mean(errors)) < 0.03
+
+
+@pytest.mark.parametrize("cases", [1, 2, 18])
+def test_no_interval_is_promised_that_the_held_out_cases_cannot_support(cases):
+    rows, _ = held_out(SHAPES["levels_off"], cases, np.random.default_rng(0), 0.02)
+    predicted, low, high = calibration.predict_dsc(rows, 0.93)
+    assert 0 < predicted < 1 and np.isnan([low, high]).all()
+    assert np.isnan(calibration.predict_dsc([], 0.93)).all()
 
 
 def test_no_mask_is_foretold_more_than_was_seen():

@@ -107,17 +107,24 @@ def test_agreement_is_between_what_was_foretold_and_the_masks_that_were_hidden(t
             "masks": 3,
             "dsc": 1.9 / 3,
             "predicted_dsc": 2.3 / 3,
+            "error": 0.4 / 3,
             "worst_dsc": 0.4,
             "inside": 2,
-            "width": 0.2,
             "spearman": 1,
             "flagged": 1,
         }
     )
+    table[["predicted_low", "predicted_high"]] = np.nan
+    assert np.isnan(review.Review(settings, table, None).agreement(pd.Series({"case 0": 0.4}))["inside"])
 
 
 def test_every_case_gets_a_mask_and_a_confidence_map_on_its_own_grid(segmented):
     folder, table = segmented
+    free = table[~table["labelled"]]
+    assert table[table["labelled"]]["draw_next"].isna().all()
+    assert table[["predicted_low", "predicted_high"]].isna().all(axis=None)
+    assert table["note"].str.contains("no interval: 2 held out, 19 are needed").all()
+    assert set(free.nsmallest(2, "confidence")["draw_next"]) == {1, 2} and free["draw_next"].count() == 2
     assert list(table["case"]) == [f"case {k}" for k in range(6)] and (table["status"] == "done").all()
     scores = []
     for k in range(6):

@@ -1,12 +1,14 @@
 """Whether confidence can be trusted: reliability of mask probabilities, and confidence as quality control."""
 
+import math
+
 import numpy as np
 import pandas as pd
 
 BINS = 20
 GROUPS = 10  # of views by confidence, through whose means the curve of predict_dsc goes
 SMALLEST_GROUP = 3  # views: the mean of fewer says more of their scatter than of confidence
-PRIOR = 2  # cases: weight in predict_dsc of the assumption that cases scatter as views of one do
+SUPPORTED = 19  # held-out cases that a 95 % interval takes
 MARKED = 1  # first bin that counts as marked: probabilities from 0.05
 
 
@@ -84,17 +86,18 @@ def predict_dsc(pairs, confidence):
 
     Held-out cases and worse views of them are grouped into tenths by confidence. A curve through the groups' means that
     may not fall as confidence rises (isotonic regression) predicts the DSC. Beyond the confidences that were seen it is
-    constant. The residuals have two parts: the scatter of views of one case (many), and that of cases (few). Cases are
-    assumed to scatter as their views do; this assumption has the weight of PRIOR cases. With few cases the interval is
-    wide.
+    constant. The interval reaches as far as the errors of 95 % of the held-out cases themselves (conformal prediction,
+    Vovk et al. 2005). It supposes that a new case is like these, and nothing else. It takes SUPPORTED of them: of fewer
+    even the largest error is exceeded by more than one new case in twenty.
 
     Args:
-        pairs: rows of (number of the case, or of the subject that cases are of, mean confidence, DSC).
+        pairs: rows of (number of the case, or of the subject that cases are of, mean confidence, DSC); the first row of
+            every number is no worse view.
 
     Returns:
-        (predicted, low, high), in [0, 1]; NaN where there are too few rows: one for all, two for the interval.
+        (predicted, low, high), in [0, 1]; NaN where there is no row, or low and high where there are too few cases.
     """
-    from scipy import optimize, stats  # as above
+    from scipy import optimize  # as above
 
     case, x, y = np.asarray(pairs, float).reshape(-1, 3).T
     n = len(x)
@@ -104,17 +107,9 @@ def predict_dsc(pairs, confidence):
     fit = optimize.isotonic_regression([y[rows].mean() for rows in groups], weights=[len(rows) for rows in groups])
     curve = lambda at: np.interp(at, [x[rows].mean() for rows in groups], fit.x)
     predicted = float(curve(confidence))
-    steps = len(fit.blocks) - 2  # blocks are given by where they begin, and the end
-    residual = y - curve(x)
-    _, number, size = np.unique(case, return_inverse=True, return_counts=True)
-    of_cases, cases = np.bincount(number, residual) / size, len(size)
-    inner = n - cases - steps
-    views = float(((residual - of_cases[number]) ** 2).sum() / inner) if inner > 0 else 0.0
-    prior = PRIOR if inner > 0 else -steps  # without views there are the cases alone
-    freedom = prior + cases - 1
-    if freedom < 1:
+    _, own = np.unique(case, return_index=True)
+    errors = np.sort(np.abs(y[own] - curve(x[own])))
+    if len(errors) < SUPPORTED:
         return predicted, np.nan, np.nan
-    between = (prior * views + float((of_cases**2).sum())) / freedom
-    of_curve = views * (1 + steps) / n
-    reach = stats.t.ppf(0.975, freedom) * np.sqrt(views + of_curve + between * (1 + 1 / cases))
+    reach = errors[math.ceil(0.95 * (len(errors) + 1)) - 1]
     return tuple(float(value) for value in np.clip((predicted, predicted - reach, predicted + reach), 0, 1))

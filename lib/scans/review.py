@@ -74,8 +74,9 @@ class Review:
             true_dsc: as ``dsc_with`` gives it.
 
         Returns:
-            pandas.Series: masks (their number), dsc and predicted_dsc (means), worst_dsc, inside (how many lie within
-            their interval), width (of the intervals, median), spearman (of mean confidence and true DSC) and flagged.
+            pandas.Series: masks (their number), dsc and predicted_dsc (means), error (of the predicted DSC, mean of its
+            absolute values), worst_dsc, inside (how many lie within their interval; NaN where there is none), spearman
+            (of mean confidence and true DSC) and flagged.
         """
         table = self.table.loc[true_dsc.index]
         inside = true_dsc.between(table["predicted_low"], table["predicted_high"])
@@ -84,9 +85,9 @@ class Review:
                 "masks": len(table),
                 "dsc": true_dsc.mean(),
                 "predicted_dsc": table["predicted_dsc"].mean(),
+                "error": (table["predicted_dsc"] - true_dsc).abs().mean(),
                 "worst_dsc": true_dsc.min(),
-                "inside": int(inside.sum()),
-                "width": (table["predicted_high"] - table["predicted_low"]).median(),
+                "inside": inside.sum() if table["predicted_low"].notna().any() else np.nan,
                 "spearman": table["confidence"].corr(true_dsc, "spearman"),
                 "flagged": int(table["review"].sum()),
             }
@@ -130,7 +131,8 @@ class Review:
         spread = np.linspace(every.min(), every.max(), 50)
         predicted, low, high = np.transpose([predict_dsc(pairs, x) for x in spread])
         ax.plot(spread, predicted, color="black", label="predicted DSC")
-        ax.fill_between(spread, low, high, color="black", alpha=0.1, label="95 % prediction interval")
+        if np.isfinite(low).all():
+            ax.fill_between(spread, low, high, color="black", alpha=0.1, label="95 % prediction interval")
         ax.plot(*pairs.T[1:], ".", color="#1f77b4", alpha=0.5, label="held-out cases, and worse views of them")
         if true_dsc is not None:
             ax.plot(

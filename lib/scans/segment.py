@@ -9,10 +9,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from lib import DataError
+from lib.results.calibration import SUPPORTED
 from lib.runs import params
 from lib.runs.files import append_line, read_lines, replacing
 from lib.runs.versions import NUMERICS, STRONG, fingerprint
 from lib.scans.cases import digests, files_of, segmented, workers
+from lib.scans.drawing_next import draw_next
 from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import fold_settings, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
@@ -85,7 +87,7 @@ def segment_folder(settings):
             model = trained(settings, plan, store, intake, output, progress)
         rows = segment_cases(settings, model, store, intake, output, progress, client)
         progress.bar.close()
-        table = summary(rows, model.about["classes"], options.review)
+        table = summary(rows, model, options.review)
         write_table(table, output / "cases.csv")
         return table
 
@@ -127,6 +129,7 @@ def segment_cases(settings, model, store, intake, output, progress, client):
                     append_line(row, log_file)
             rows.append({"note": intake.notes.get(case.name, ""), **row, "labelled": case.mask is not None})
             done(case_takes(settings, len(slices[case.name])))
+    draw_next(rows, lambda name: store.images(name)[slices[name]])
     return rows
 
 
@@ -136,15 +139,24 @@ def write_table(table, file):
         table.round(4).to_csv(partial, index=False)
 
 
-def summary(rows, classes, review):
+def summary(rows, model, review):
     """cases.csv. To be reviewed are cases that failed or mark nothing, and those without a predicted DSC of ``review``.
 
-    A mask that somebody has changed counts as reviewed.
+    A mask that somebody has changed counts as reviewed. Where there is no interval, the note says why.
     """
+    classes = model.about["classes"]
+    held = len({number for number, *_ in model.about["calibration"]})
+    if held < SUPPORTED:
+        why = f"no interval: {held} held out, {SUPPORTED} are needed"
+        rows = [
+            {**row, "note": "; ".join(filter(None, (row["note"], why)))} if row["status"] == "done" else row
+            for row in rows
+        ]
     columns = [
         "case",
         "status",
         "labelled",
+        "draw_next",
         "slices",
         "of_slices",
         "unit",
@@ -156,6 +168,7 @@ def summary(rows, classes, review):
         "note",
     ]
     table = pd.DataFrame(rows).sort_values("case", ignore_index=True).reindex(columns=columns)
+    table["draw_next"] = table["draw_next"].astype("Int64")  # whole numbers, empty where there is none
     doubtful = ~(table["predicted_dsc"] >= review) | (table[list(classes)].sum(axis=1) == 0)
     table.insert(2, "review", doubtful & (table["status"] != "kept"))
     return table
