@@ -21,6 +21,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 from lib.cohorts.hippocampus import chosen_cases
@@ -30,6 +31,7 @@ from lib.results.tables import as_markdown
 from lib.runs import params
 
 CASES = 25  # that are scored
+BAD = 0.8  # DSC below which a mask is to be found out
 VALUES = {1: "anterior", 2: "posterior"}
 SPLIT = params.ROOT / "results" / "hippocampus_centre" / "split.csv"
 
@@ -109,6 +111,25 @@ def scores_of(found, hidden):
     return pd.DataFrame(rows, columns=[*VALUES.values(), "foreground"], index=list(hidden))
 
 
+def trust_of(cases, dsc):
+    """How well cases.csv foretells the DSC: mean absolute error, rank correlation, and AUROC for masks below BAD.
+
+    Args:
+        cases: file; of a way that writes none nothing is said.
+        dsc: pandas.Series of case to true DSC.
+    """
+    if not cases.exists():
+        return {}
+    table = pd.read_csv(cases).set_index("case").loc[dsc.index]
+    confidence, bad = table["confidence"], dsc < BAD
+    found = {"predicted_error": (table["predicted_dsc"] - dsc).abs().mean()}
+    found["spearman"] = confidence.corr(dsc, "spearman")
+    if 0 < bad.sum() < len(bad):
+        larger = stats.mannwhitneyu(confidence[~bad], confidence[bad]).statistic
+        found["auroc_bad"] = larger / (bad.sum() * (~bad).sum())
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ways", nargs="*", default=OURS, help=f"some of: {'; '.join(WAYS)}")
@@ -128,10 +149,12 @@ def main():
                     began = time.monotonic()
                     found = WAYS[name](Path(folder), hidden)
                     minutes = (time.monotonic() - began) / 60
-                scores = scores_of(found, hidden)
-                classes = scores[list(VALUES.values())].mean(axis=1)
+                    scores = scores_of(found, hidden)
+                    classes = scores[list(VALUES.values())].mean(axis=1)
+                    trust = trust_of(Path(folder) / "out" / "cases.csv", classes)
                 row = {"method": name, "n_labelled": labelled, "draw": draw, "n_scored": len(hidden)}
                 row |= {"dsc_mean": classes.mean(), "dsc_worst": classes.min(), **scores.mean(), "minutes": minutes}
+                row |= trust
                 own = ["method", "n_labelled", "draw"]
                 table = pd.concat([table, pd.DataFrame([row])]).drop_duplicates(own, keep="last").sort_values(own[1:])
                 table.round(4).to_csv(results / "own.csv", index=False)

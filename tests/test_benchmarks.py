@@ -2,12 +2,14 @@ import sys
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from lib.runs.params import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import draw_next
 import volumes
 
 
@@ -23,3 +25,28 @@ def test_classes_and_the_foreground_that_holds_them_are_scored(tmp_path):
     assert scores["foreground"] == 1
     scores = volumes.scores_of({"case": found * (np.arange(4) > 0)[:, None, None]}, {"case": file}).loc["case"]
     assert scores["foreground"] == pytest.approx(2 * 32 / (32 + 48))
+
+
+def test_what_cases_csv_foretells_is_compared_with_the_truth(tmp_path):
+    dsc = pd.Series({"a": 0.9, "b": 0.7, "c": 0.85, "d": 0.6})
+    table = pd.DataFrame({"case": list("dcba"), "confidence": [0.5, 0.8, 0.7, 0.9], "predicted_dsc": 0.8})
+    table.to_csv(tmp_path / "cases.csv")
+    found = volumes.trust_of(tmp_path / "cases.csv", dsc)
+    assert found == pytest.approx({"predicted_error": (0.1 + 0.1 + 0.05 + 0.2) / 4, "spearman": 1, "auroc_bad": 1})
+    assert "auroc_bad" not in volumes.trust_of(tmp_path / "cases.csv", dsc.clip(lower=0.8))
+    assert volumes.trust_of(tmp_path / "none.csv", dsc) == {}
+
+
+def test_the_three_ways_to_choose_what_to_draw_differ_as_their_names_say():
+    table = pd.DataFrame({"draw_next": [2, np.nan, 1], "confidence": [0.7, 0.9, 0.8]}, index=list("abc"))
+    order = {rule: list(way(table, np.random.default_rng(1)).index) for rule, way in draw_next.RULES.items()}
+    assert order["draw_next"] == ["c", "a", "b"] and order["least confident"] == ["a", "c", "b"]
+    assert sorted(order["random"]) == list("abc")
+    rows = [
+        {"rule": rule, "draw": draw, "dsc": dsc}
+        for draw, scores in enumerate(((0.7, 0.8, 0.78, 0.79), (0.6, 0.75, 0.77, 0.7)))
+        for rule, dsc in zip(["five masks", *draw_next.RULES], scores)
+    ]
+    first, ours, anywhere, _ = draw_next.summary(pd.DataFrame(rows))
+    assert first["DSC"] == "0.650" and ours["gain over five"] == "+0.125" and anywhere["DSC"] == "0.775"
+    assert ours["over random"] == "+0.000" and ours["draws in which it is better"] == 1 and ours["draws"] == 2

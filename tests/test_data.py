@@ -6,8 +6,8 @@ import pytest
 
 from lib import DataError
 from lib.cohorts import hippocampus, load_cohort
-from lib.cohorts.cohort import Cohort, one_hot
-from lib.cohorts.reading import min_max, on_canvas, read_volume
+from lib.cohorts.cohort import Cohort, min_max, one_hot
+from lib.cohorts.reading import on_canvas, read_volume
 from lib.cohorts.splitting import check_split, split_by_subject
 from lib.runs import params
 

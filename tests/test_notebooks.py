@@ -1,8 +1,11 @@
+import subprocess
+import sys
+
 import nbformat
 import papermill
 import pytest
 
-from lib.runs import notebooks
+from lib.runs import notebooks, params
 
 
 @pytest.fixture
@@ -40,3 +43,13 @@ def test_a_failing_cell_is_an_error_and_the_copy_holds_its_traceback(folder):
     with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
         notebooks.run("example", {"number": 0}, folder / "copy.ipynb")
     assert "ZeroDivisionError" in (folder / "copy.ipynb").read_text()
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [("lib.runs.notebooks", "torch"), ("lib.methods.experiment", "nibabel"), ("lib.methods.experiment", "SimpleITK")],
+)
+def test_a_stage_does_not_wait_for_packages_that_it_does_not_use(module, heavy):
+    """torch takes a second, and papermill's own process needs none of it."""
+    code = f"import sys, {module}; sys.exit('{heavy}' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=params.ROOT, check=False).returncode == 0

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from lib import training
-from lib.cohorts.cohort import Cohort
-from lib.cohorts.reading import min_max
+from lib.cohorts.cohort import Cohort, min_max
 from lib.cohorts.splitting import split_by_subject
 from lib.methods import experiment, joint, mean_teacher, pretraining
 from lib.methods.peers import elastic, joint_plus, rounds

@@ -11,6 +11,14 @@ from lib.runs.files import replacing
 UNDRAWN = 255  # label of what nobody has drawn: it trains nothing and is scored nowhere
 
 
+def min_max(image):
+    """An image scaled to [0, 1]; a constant one becomes 0."""
+    low, high = float(image.min()), float(image.max())
+    if high == low:
+        return np.zeros_like(image, dtype=np.float32)
+    return ((image - low) / (high - low)).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Cohort:
     """A table of images: slices, or whole volumes.

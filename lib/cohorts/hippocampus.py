@@ -6,8 +6,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import DataError
-from lib.cohorts.cohort import Cohort
-from lib.cohorts.reading import EXTERNAL, existing_folder, min_max, on_canvas, read_pair, without
+from lib.cohorts.cohort import Cohort, min_max
+from lib.cohorts.reading import EXTERNAL, existing_folder, on_canvas, read_pair, without
 from lib.cohorts.splitting import split_by_subject
 from lib.cohorts.volumes import scaled
 from lib.runs.params import ROOT, work_folder

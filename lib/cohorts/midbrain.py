@@ -13,8 +13,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from lib import DataError
-from lib.cohorts.cohort import Cohort
-from lib.cohorts.reading import check_image, min_max, read_volume
+from lib.cohorts.cohort import Cohort, min_max
+from lib.cohorts.reading import check_image, read_volume
 from lib.cohorts.splitting import split_by_subject
 
 TRAINING_ANATOMIES = ("mni152_t1.nii", "colin27_t1.nii.gz")

@@ -274,14 +274,6 @@ def check_labels(labels, values, file):
         raise DataError(f"{file} holds the values {unknown[:5]}, {allowed}")
 
 
-def min_max(image):
-    """An image scaled to [0, 1]; a constant one becomes 0."""
-    low, high = float(image.min()), float(image.max())
-    if high == low:
-        return np.zeros_like(image, dtype=np.float32)
-    return ((image - low) / (high - low)).astype(np.float32)
-
-
 def on_canvas(image, shape):
     """An image or a volume, centred on a canvas of zeros of the given shape, cropped where it is larger."""
     canvas = np.zeros(shape, image.dtype)

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.cohorts.cohort import Cohort
-from lib.cohorts.reading import min_max
+from lib.cohorts.cohort import Cohort, min_max
 
 
 @dataclass(frozen=True)

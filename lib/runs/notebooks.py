@@ -15,7 +15,6 @@ from pathlib import Path
 
 import nbformat
 
-from lib import parallel
 from lib.runs.params import ROOT, parse, work_folder
 
 
@@ -112,7 +111,7 @@ def run(name, values, executed=None):
     from papermill import execute_notebook
 
     executed = Path(executed or work_folder("notebooks", "-".join([name, *map(str, values.values())]) + ".ipynb"))
-    if not parallel.is_first():  # of processes that train together each runs the notebook
+    if os.environ.get("RANK", "0") != "0":  # of processes that train together each runs the notebook
         executed = executed.with_suffix(f".{os.environ['RANK']}.ipynb")
     executed.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from lib.methods.peers.learning import prediction, teach
 
@@ -35,6 +34,8 @@ def paste(first, second, inside):
 
 def largest_components(masks):
     """The largest connected component of every binary mask ``(n, classes, *space)``."""
+    from scipy import ndimage  # takes half a second to import: only hearts wait
+
     kept = np.zeros(masks.shape, np.float32)
     marked = masks.cpu().numpy() > 0.5
     for at in np.ndindex(*marked.shape[:2]):
