@@ -10,6 +10,7 @@ from lib.runs.params import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import draw_next
+import scale
 import volumes
 
 
@@ -50,3 +51,21 @@ def test_the_three_ways_to_choose_what_to_draw_differ_as_their_names_say():
     first, ours, anywhere, _ = draw_next.summary(pd.DataFrame(rows))
     assert first["DSC"] == "0.650" and ours["gain over five"] == "+0.125" and anywhere["DSC"] == "0.775"
     assert ours["over random"] == "+0.000" and ours["draws in which it is better"] == 1 and ours["draws"] == 2
+
+
+def test_what_many_images_cost_grows_with_them_until_the_scheduler_is_the_limit():
+    bench = {"threads": 2, "seg_train_seconds": 0.1, "seg_train_3d_seconds": 0.2}
+    row = {"network": "U-Net", "batch": 10}
+    steps = pd.DataFrame(
+        [{**row, "image": image, "ms": ms} for image in ("256 x 256", "48 x 48 x 64") for ms in (9, 7)]
+    )
+    table = scale.reckon(bench, steps, {"handing_out_ms": 1}, views=5).set_index(["images", "machine"])
+    slices, volumes = table.index.levels[0][::-1]
+    two, nodes, gpus = (table.loc[slices, machine] for machine in ("2 CPU cores", "100 CPU nodes", "64 GPUs"))
+    assert two["training_hours"] == pytest.approx(0.1 * 30_000 * 16 / 3600)
+    assert two["segmenting_hours"] == pytest.approx(1e6 * 5 * 0.1 / scale.TRAINED / 3600)
+    assert nodes["training_hours"] == pytest.approx(two["training_hours"] * 2 / scale.CORES)
+    assert gpus["training_hours"] == pytest.approx(7e-4 * 30_000 * 16 / 3600)
+    assert two["bound"] == "networks" and gpus["bound"] == "scheduler"
+    assert gpus["segmenting_hours"] == pytest.approx(1e6 * 1e-3 / 3600)
+    assert two["store_gb"] == pytest.approx(131.072) and two["dollars"] > table.loc[volumes, "2 CPU cores"]["dollars"]
