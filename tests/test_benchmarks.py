@@ -60,7 +60,7 @@ def test_what_many_images_cost_grows_with_them_until_the_scheduler_is_the_limit(
         [{**row, "image": image, "ms": ms} for image in ("256 x 256", "48 x 48 x 64") for ms in (9, 7)]
     )
     table = scale.reckon(bench, steps, {"handing_out_ms": 1}, views=5).set_index(["images", "machine"])
-    slices, volumes = table.index.levels[0][::-1]
+    slices, volumes = scale.WORK
     two, nodes, gpus = (table.loc[slices, machine] for machine in ("2 CPU cores", "100 CPU nodes", "64 GPUs"))
     assert two["training_hours"] == pytest.approx(0.1 * 30_000 * 16 / 3600)
     assert two["segmenting_hours"] == pytest.approx(1e6 * 5 * 0.1 / scale.TRAINED / 3600)
