@@ -1,8 +1,11 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -53,6 +56,51 @@ def test_an_item_whose_worker_is_killed_goes_to_another_one_and_ends_with_the_sa
     assert sorted(again) == sorted(whole) and grid.is_done(ITEM, settings)
     assert {name: again[name] for name in again if name != "item.json"} == {  # which holds the minutes
         name: whole[name] for name in whole if name != "item.json"
+    }
+
+
+@contextmanager
+def scheduler_at(port):
+    """A scheduler and a worker as somebody else would start them; yields the scheduler, and kills both in the end."""
+    address, started = f"tcp://127.0.0.1:{port}", []
+    for kind, words in ("scheduler", ["--host", "127.0.0.1", "--port", str(port)]), ("worker", [address]):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", *words, "--no-dashboard"]
+        started.append(subprocess.Popen(command, cwd=params.ROOT, stderr=subprocess.DEVNULL))
+    try:
+        yield started[0]
+    finally:
+        for process in started:
+            for child in (*psutil.Process(process.pid).children(recursive=True), process):
+                child.kill()
+            process.wait()
+
+
+def test_items_go_on_when_a_scheduler_that_was_gone_is_back_and_end_with_the_same_bytes(
+    settings, monkeypatch, capsys, tmp_path
+):
+    folder = grid.folder_of(ITEM, settings)
+    whole = grid.run(ITEM, settings, 1, {})
+    grid.shutil.rmtree(folder)
+    grid.shutil.rmtree(params.work_folder("checkpoints"))
+    executed = params.work_folder("notebooks", "grid", settings.cohort, ITEM.name, "12_peers.ipynb")
+    executed.unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("CLUSTER", f"tcp://127.0.0.1:{port}")
+    monkeypatch.setenv("JOINT_SET", os.environ["JOINT_SET"] + ",grid.threads=1")  # as above: it rounds differently
+    monkeypatch.setattr(grid, "groups_of", lambda settings: [[ITEM]])
+    with ThreadPoolExecutor(1) as pool:
+        with scheduler_at(port) as scheduler:
+            status = pool.submit(grid.main)
+            wait_until(executed.exists)
+            scheduler.kill()
+            wait_until(lambda: "scheduler is gone" in capsys.readouterr().err)
+        assert not status.done()
+        with scheduler_at(port):
+            assert status.result(timeout=PATIENCE) == 0
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "item.json"} == {
+        name: content for name, content in whole.items() if name != "item.json"
     }
 
 

@@ -85,7 +85,7 @@ def test_settings_of_other_methods_and_cohorts_do_not_repeat_an_item(settings):
 
 
 @contextmanager
-def workers_here(settings, workers):
+def workers_here(settings, workers, patience=0):
     """Stands for cluster.connect: workers that are threads of this process, so that they see what is patched."""
     with Client(processes=False, n_workers=1, threads_per_worker=workers, dashboard_address="127.0.0.1:0") as client:
         yield client

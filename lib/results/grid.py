@@ -250,6 +250,39 @@ def submit(client, groups, settings, threads):
     return futures
 
 
+def run_missing(groups, settings, bar, patience):
+    """Run items on the workers.
+
+    Args:
+        groups: as ``groups_of`` gives them.
+        bar: progress bar of items.
+        patience: see cluster.connect.
+
+    Returns:
+        (names of the items that failed; groups of those that were cut off because the scheduler is gone).
+    """
+    from distributed import as_completed
+
+    workers = max(1, min(settings.grid.workers, sum(map(len, groups))))
+    failed, cut_off = [], set()
+    with cluster.connect(settings, workers, patience) as client:
+        tqdm.write(f"the workers can be watched at {client.dashboard_link}", file=sys.stderr)
+        futures = submit(client, filter(None, groups), settings, cluster.threads_of(settings, workers))
+        for future in as_completed(futures):
+            item = futures[future]
+            if future.status in ("cancelled", "lost") and not is_done(item, settings):
+                cut_off.add(item)
+                continue
+            if future.status == "finished":
+                keep(item, settings, future.result())
+            elif future.status == "error":
+                failed.append(item.name)
+                tqdm.write(f"{item.name}: {future.exception()}", file=sys.stderr)
+            bar.set_postfix_str(item.name)
+            bar.update()
+    return failed, [[item for item in group if item in cut_off] for group in groups]
+
+
 def main(arguments=()):
     """Run all missing items, those of the command line's ``arguments``; the exit status is 1 where some failed."""
     parser = argparse.ArgumentParser(prog="python -m lib.results.grid", description=__doc__.splitlines()[0])
@@ -263,26 +296,14 @@ def main(arguments=()):
     if not left:
         print(f"grid of {settings.cohort}: all {total} items are done")
         return 0
-    workers = max(1, min(settings.grid.workers, left))
-    threads = cluster.threads_of(settings, workers)
-    failures = []
-    with (
-        cluster.connect(settings, workers) as client,
-        tqdm(total=total, initial=total - left, desc=f"grid of {settings.cohort}", unit="item") as bar,
-    ):
-        from distributed import as_completed
-
-        print(f"the workers can be watched at {client.dashboard_link}", file=sys.stderr)
-        futures = submit(client, filter(None, missing), settings, threads)
-        for future in as_completed(futures):
-            item = futures[future]
-            if future.status == "finished":
-                keep(item, settings, future.result())
-            else:
-                failures.append(item.name)
-                tqdm.write(f"{item.name}: {future.exception()}", file=sys.stderr)
-            bar.set_postfix_str(item.name)
-            bar.update()
+    failures, patience = [], 0
+    with tqdm(total=total, initial=total - left, desc=f"grid of {settings.cohort}", unit="item") as bar:
+        while any(missing):
+            failed, missing = run_missing(missing, settings, bar, patience)
+            failures += failed
+            if any(missing):
+                tqdm.write("the scheduler is gone: its items go on as soon as it is back", file=sys.stderr)
+                patience = cluster.PATIENCE
     if failures:
         print(f"{len(failures)} of {total} items failed; run again to try them again", file=sys.stderr)
     return int(bool(failures))

@@ -10,15 +10,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
+from lib import DataError
 from lib.runs.params import ROOT, work_folder
 
 SHARED = "JOINT_"  # environment variables that begin so hold on every worker as they do here
 AHEAD = 4  # pieces of work
 LOSSES = 30  # workers that may die under a piece of work before it is given up: nodes are drained, and jobs run out
 SECONDS_BETWEEN_LOOKS = 2
+PATIENCE = 1800  # seconds for which a scheduler that is gone is waited for
 EXTRAS = {"slurm": "dask-jobqueue", "kubernetes": "dask-kubernetes"}
 
 
@@ -28,13 +32,14 @@ def address_of(settings):
 
 
 @contextmanager
-def connect(settings, workers):
+def connect(settings, workers, patience=0):
     """A dask.distributed.Client of as many workers, closed in the end together with whatever it has started.
 
     Args:
         settings: as params.load gives them. Section ``cluster`` says where; the environment variable ``CLUSTER``
             stands in for its address.
         workers: at most so many pieces of work run at a time. A running scheduler has the workers that it has.
+        patience: seconds for which an address is tried again.
 
     Raises:
         ValueError: an address that is none, or a package that is missing; the message says what to do.
@@ -62,7 +67,14 @@ def connect(settings, workers):
             f"cluster '{address}' is not one of {', '.join(EXTRAS)} or an address such as tcp://host:8786; leave it "
             "empty for the cores of this machine"
         )
-    client, over = Client(started or address), threading.Event()
+    end = time.monotonic() + patience
+    while True:
+        try:
+            client, over = Client(started or address), threading.Event()
+            break
+        except OSError:
+            if time.monotonic() > end:
+                raise
     if started:
         threading.Thread(target=keep, args=(started, workers, over), daemon=True).start()
     try:
@@ -112,17 +124,23 @@ def mapped(client, work, *lists):
 
     Args:
         client: of ``connect``; None does the work here.
+
+    Raises:
+        DataError: the scheduler is gone.
     """
     if client is None:
         yield from map(work, *lists)
         return
     waiting = deque()
-    for items in zip(*lists):
-        waiting.append(client.submit(work, *items, pure=False))
-        while len(waiting) >= AHEAD * max(1, len(client.nthreads())):
+    try:
+        for items in zip(*lists):
+            waiting.append(client.submit(work, *items, pure=False))
+            while len(waiting) >= AHEAD * max(1, len(client.nthreads())):
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    except CancelledError as error:
+        raise DataError("the scheduler is gone: what is finished is kept, and the same command goes on") from error
 
 
 def shared_environment():
