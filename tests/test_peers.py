@@ -173,15 +173,14 @@ def test_patches_do_not_see_brightness_and_contrast_and_weights_prefer_what_is_a
     assert found.mean(1).abs().max() < 1e-4 and (found.std(1) < 1.01).all()
     noise = lambda seed: torch.rand(2, *space, generator=draws(seed))
     like, wrong, other = target[:, 0] + 0.05 * noise(1), noise(2), noise(3)
-    weights = neighbours.fusion_weights(torch.stack((like, wrong, other), 1), target, 0.1)
+    weights = neighbours.fusion_weights(neighbours.patch_errors(torch.stack((like, wrong, other), 1), target), 0.1)
     assert torch.allclose(weights.sum(1), torch.ones(2, *space), atol=1e-4)
     assert (weights[:, 0] > weights[:, 1:].amax(1)).float().mean() > 0.98
     # Two that are wrong in the same way weigh together hardly more than one of them alone.
-    twice = neighbours.fusion_weights(torch.stack((wrong, wrong, other), 1), target, 0.01).mean(
-        dim=(0, *range(2, 2 + len(space)))
-    )
+    errors = neighbours.patch_errors(torch.stack((wrong, wrong, other), 1), target)
+    twice = neighbours.fusion_weights(errors, 0.01).mean(dim=(0, *range(2, 2 + len(space))))
     assert twice[0] == pytest.approx(float(twice[1]), rel=1e-3) and twice[2] > 1.5 * twice[0]
-    alike = neighbours.fusion_weights(torch.stack((like, wrong, other), 1), target, 1e4)
+    alike = neighbours.fusion_weights(errors, 1e4)
     assert torch.allclose(alike, torch.full_like(alike, 1 / 3), atol=1e-3)
 
 
@@ -190,7 +189,7 @@ def test_masks_are_handed_on_along_the_fields_by_their_weights():
     fields = torch.zeros(1, 2, 2, 10, 10, dtype=torch.float16)
     fields[:, 1, 0] = 2  # the second source moves by two rows
     weights = torch.tensor([0.25, 0.75]).reshape(1, 2, 1, 1).expand(1, 2, 10, 10)
-    fused = neighbours.Neighbours(torch.tensor([[1, 2]]), fields, weights).fuse(masks)
+    fused = neighbours.Neighbours(torch.tensor([[1, 2]]), fields, weights, None).fuse(masks)
     assert fused.shape == (1, 2, 10, 10)
     assert torch.allclose(fused[0, :, :8], 0.25 * masks[1, :, :8] + 0.75 * masks[2, :, 2:], atol=1e-5)
 
@@ -209,7 +208,7 @@ def test_neighbours_are_found_without_masks_and_controls_leave_out_what_they_are
     assert (own != theirs).all()
     data.masks.zero_()
     again = neighbours.find_neighbours(trial)
-    assert all(torch.equal(*pair) for pair in zip(found[:3], again[:3])) and found.cause == again.cause
+    assert all(torch.equal(*pair) for pair in zip(found[:4], again[:4])) and found.cause == again.cause
     options |= {"control": "unmoved"}
     still = neighbours.find_neighbours(trial)
     assert torch.equal(still.sources, found.sources) and not still.fields.any() and still.cause != found.cause
@@ -225,13 +224,32 @@ def test_labelled_images_hand_on_their_true_masks_and_the_network_keeps_a_part_o
     count = len(data.unlabelled)
     assert torch.equal(masks[count:], data.masks[data.labelled]) and masks[:count].std() > 0
     one = torch.full((count, 1), count)  # every neighbour is the first labelled image, where it lies
-    given = neighbours.Neighbours(one, torch.zeros(count, 1, 2, 32, 32), torch.ones(count, 1, 32, 32))
+    alike = torch.zeros(count, 32, 32)
+    given = neighbours.Neighbours(one, torch.zeros(count, 1, 2, 32, 32), torch.ones(count, 1, 32, 32), alike)
     for own in (0.0, 0.3, 1.0):
         options |= {"own": own}
         expected = own * masks[:count] + (1 - own) * data.masks[data.labelled[:1]]
-        assert torch.allclose(joint_plus.fused_masks(trial, given, network), expected, atol=1e-4)
-    nobody = neighbours.Neighbours(one[:, :0], given.fields[:, :0], given.weights[:, :0])
-    assert torch.equal(joint_plus.fused_masks(trial, nobody, network), masks[:count])
+        fused, weight = joint_plus.fused_masks(trial, given, network)
+        assert torch.allclose(fused, expected, atol=1e-4) and weight == own
+    nobody = neighbours.Neighbours(one[:, :0], given.fields[:, :0], given.weights[:, :0], alike)
+    assert torch.equal(joint_plus.fused_masks(trial, nobody, network)[0], masks[:count])
+
+
+def test_the_less_the_neighbours_look_like_the_image_the_less_their_masks_count():
+    masks = torch.zeros(3, 1, 8, 8)
+    masks[:2, :, 2:4] = 0.5  # in doubt in two rows of two images
+    guessed, fused = masks, torch.ones(3, 1, 8, 8)
+    weight = lambda residuals: joint_plus.weight_of_own(0.3, residuals, guessed, fused)
+    known = torch.full((3, 8, 8), 9.0)  # where nothing is in doubt it does not matter how unlike they are
+
+    def at(residual):
+        known[:2, 2:4] = residual
+        return weight(known)
+
+    assert at(0.0) == at(0.35) == 0.3
+    assert at(joint_plus.UNLIKE) == pytest.approx(0.5) and 0.7 < at(0.72) < at(0.85) < at(1.5) < 1
+    assert joint_plus.weight_of_own(1, known, guessed, fused) == 1
+    assert joint_plus.weight_of_own(0.3, known, fused, fused) == 0.3  # nothing is in doubt at all
 
 
 def test_what_the_network_goes_on_from_moves_with_its_images(lesson, monkeypatch):

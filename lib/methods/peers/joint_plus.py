@@ -2,7 +2,7 @@
 
 1. For a first part of the steps a network learns by BCP.
 2. Every unlabelled image has its neighbours, labelled or not, registered to it. Their masks, true or the network's, are
-   warped onto it and fused with its own (see ``neighbours``).
+   warped onto it and fused with its own (see ``neighbours``), as much as the warped neighbours look like the image.
 3. The network goes on by copy-paste, with the fused masks in place of its own.
 
 So joint+ without the second step is BCP that goes on from its own masks, and what registration is worth can be read
@@ -17,6 +17,9 @@ from lib.methods.peers.learning import labelled_images, learn, prediction
 from lib.methods.peers.neighbours import find_neighbours
 from lib.methods.pretraining import save_network, segment
 from lib.training import draw_indices
+
+UNLIKE = 0.56  # residual at which both kinds of masks count the same: hippocampus has 0.35, ACDC 0.72
+DOUBTFUL = 0.05  # probability of a pixel that may be marked
 
 
 @torch.no_grad()
@@ -34,11 +37,38 @@ def pool_masks(experiment, network):
     return torch.cat((free.float(), true))
 
 
+def weight_of_own(least, residuals, guessed, fused):
+    """How much the network's own masks count beside the fused ones: a number from ``least`` to 1, for all images alike.
+
+    Where registration fails, warped neighbours do not look like the image, and their masks are wrong. This can be seen
+    without any mask: in the residuals at pixels where a mask is in doubt. The weight is a half where they are UNLIKE.
+
+    Args:
+        residuals: ``(n, *space)`` of the Neighbours.
+        guessed, fused: masks ``(n, classes, *space)`` in [0, 1], of the network and of the neighbours.
+    """
+    doubt = sum((masks > DOUBTFUL) & (masks < 1 - DOUBTFUL) for masks in (guessed, fused)).any(1).flatten(1)
+    shown = doubt.any(1)
+    if not shown.any():
+        return least
+    doubt, residuals = doubt[shown], residuals.flatten(1)[shown]
+    fourth = float(((doubt * residuals).sum(1) / doubt.sum(1)).mean()) ** 4
+    return max(least, fourth / (fourth + UNLIKE**4))
+
+
 def fused_masks(experiment, neighbours, network):
-    """What the network goes on from: masks ``(unlabelled, classes, *space)`` in [0, 1]."""
-    masks, own = pool_masks(experiment, network), experiment.settings.strong.joint_plus.own
+    """What the network goes on from.
+
+    Returns:
+        (masks ``(unlabelled, classes, *space)`` in [0, 1]; the weight that the network's own have in them).
+    """
+    masks, least = pool_masks(experiment, network), experiment.settings.strong.joint_plus.own
     guessed = masks[: len(experiment.data.unlabelled)]
-    return own * guessed + (1 - own) * neighbours.fuse(masks) if neighbours.sources.shape[1] else guessed
+    if not neighbours.sources.shape[1]:
+        return guessed, 1.0
+    fused = neighbours.fuse(masks)
+    own = weight_of_own(least, neighbours.residuals, guessed, fused)
+    return own * guessed + (1 - own) * fused, own
 
 
 def taught_by(masks):
@@ -81,7 +111,7 @@ def train(experiment):
     """(ResidualUNet, Fit) of the second part; the Fit's seconds are those of both."""
     first, begun = begin(experiment)
     neighbours = find_neighbours(experiment)
-    network, found = go_on(experiment, first, neighbours.cause, fused_masks(experiment, neighbours, first))
+    network, found = go_on(experiment, first, neighbours.cause, fused_masks(experiment, neighbours, first)[0])
     return save(experiment, network, begun, found)
 
 

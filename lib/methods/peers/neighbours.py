@@ -32,6 +32,7 @@ class Neighbours(NamedTuple):
     sources: torch.Tensor  # (n, k) positions in the pool, the most similar first
     fields: torch.Tensor  # (n, k, axes, *space), in pixels: each warps its source onto the image
     weights: torch.Tensor  # (n, k, *space) of every source at every pixel; they sum to 1
+    residuals: torch.Tensor  # (n, *space) how unlike the image its warped sources are; see ``patch_errors``
     cause: str = ""  # fingerprint of what they were made from and how
 
     def fuse(self, masks):
@@ -88,22 +89,34 @@ def patches(images):
     return found / (found.std(1, keepdim=True) + 1e-3)
 
 
-def fusion_weights(warped, target, regularisation):
-    """The weights of joint label fusion (Wang et al., TPAMI 2013): similar sources weigh much, sources
-    that are wrong together share their weight.
+def patch_errors(warped, target):
+    """How wrong sources are at every pixel, and how wrong they are together.
 
     Args:
         warped: ``(n, k, *space)``, sources warped onto the target.
         target: ``(n, 1, *space)``.
+
+    Returns:
+        ``(n, *space, k, k)``: means over a patch of the products of two sources' absolute differences from the target.
+        On the diagonal they are 2 - 2 r for a patch whose correlation with the target's is r.
+    """
+    own = patches(target)
+    errors = torch.stack([(patches(warped[:, k, None]) - own).abs() for k in range(warped.shape[1])], 1)
+    return torch.einsum("nkp...,nlp...->n...kl", errors, errors) / errors.shape[2]
+
+
+def fusion_weights(errors, regularisation):
+    """The weights of joint label fusion (Wang et al., TPAMI 2013): similar sources weigh much, sources
+    that are wrong together share their weight.
+
+    Args:
+        errors: of ``patch_errors``.
         regularisation: alpha of the paper, added to the diagonal; the larger it is, the more alike are the weights.
 
     Returns:
         ``(n, k, *space)``, with sum 1 over the k; single ones may be negative.
     """
-    count, own = warped.shape[1], patches(target)
-    errors = torch.stack([(patches(warped[:, k, None]) - own).abs() for k in range(count)], 1)
-    together = torch.einsum("nkp...,nlp...->n...kl", errors, errors) / errors.shape[2]
-    together = together.square() + regularisation * torch.eye(count, device=warped.device)
+    together = errors.square() + regularisation * torch.eye(errors.shape[-1], device=errors.device)
     weights = torch.linalg.solve(together, torch.ones_like(together[..., :1]))[..., 0]
     return (weights / weights.sum(-1, keepdim=True)).movedim(-1, 1)
 
@@ -131,7 +144,7 @@ def find_neighbours(experiment):
     sources = nearest(compared, subjects, options.neighbours, count, data.positions(pool))
     k, space = sources.shape[1], images.shape[2:]
     fields = [images.new_zeros(0, k, len(space), *space, dtype=torch.float16)]
-    weights = [images.new_zeros(0, k, *space)]
+    weights, residuals = [images.new_zeros(0, k, *space)], [images.new_zeros(0, *space)]
     size = max(1, numerics.batch(images) // max(k, 1))
     batches = list(zip(images[:count].split(size), sources.split(size))) if k else []
     for target, chosen in tqdm(batches, desc="neighbours", unit="batch"):
@@ -141,6 +154,8 @@ def find_neighbours(experiment):
         field = field * (options.control != "unmoved")
         warped = warp(source, field).unflatten(0, (-1, k))[:, :, 0]
         fields.append(field.unflatten(0, (-1, k)).half())
-        weights.append(fusion_weights(warped, target, options.regularisation))
+        errors = patch_errors(warped, target)
+        weights.append(fusion_weights(errors, options.regularisation))
+        residuals.append(errors.diagonal(dim1=-2, dim2=-1).mean(-1))
     experiment.note_cost(NEIGHBOURS, clock.read())
-    return Neighbours(sources, torch.cat(fields), torch.cat(weights), cause)
+    return Neighbours(sources, torch.cat(fields), torch.cat(weights), torch.cat(residuals), cause)
