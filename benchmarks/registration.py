@@ -1,7 +1,7 @@
 """`python benchmarks/registration.py COHORT`: how well one field carries a mask.
 
 MrRegNet beside ANTs and SimpleITK: the same random pairs of test images of different subjects for all, no mask seen by
-any. Writes registration.csv and registration.md to results/<cohort>/: DSC of the warped mask, folding, and seconds per
+any. Writes one_warp.csv and one_warp.md to results/<cohort>/: DSC of the warped mask, folding, and seconds per
 pair, all on one thread. Needs `pip install -r benchmarks/requirements.txt`.
 """
 
@@ -116,10 +116,10 @@ def main():
         )
         print(rows[-1], flush=True)
     table, results = pd.DataFrame(rows, columns=COLUMNS), params.results_folder(settings)
-    table.round(4).to_csv(results / "registration.csv", index=False)
+    table.round(4).to_csv(results / "one_warp.csv", index=False)
     said = table.assign(**{"folding": [f"{100 * share:.2f} %" for share in table["folding"]]})
     said = said.rename(columns={"dsc_low": "dsc, 5 % quantile"}).round(3)
-    (results / "registration.md").write_text(as_markdown(said.to_dict("records")))
+    (results / "one_warp.md").write_text(as_markdown(said.to_dict("records")))
 
 
 if __name__ == "__main__":
