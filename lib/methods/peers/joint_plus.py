@@ -104,7 +104,8 @@ def go_on(experiment, network, cause, masks):
         return bcp.loss_of(lesson, bcp.paste_both_ways(lesson, unlabelled, generator))
 
     part = 1 - options.joint_plus.pretraining
-    return learn(experiment, "joint_plus", batch_loss, [options.bcp, cause], part, "joint+", start=network)
+    depends = options.bcp, cause, UNLIKE
+    return learn(experiment, "joint_plus", batch_loss, depends, part, "joint+", start=network)
 
 
 def train(experiment):
