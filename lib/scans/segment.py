@@ -12,7 +12,7 @@ from lib import DataError
 from lib.results.calibration import SUPPORTED
 from lib.runs import params
 from lib.runs.files import append_line, read_lines, replacing
-from lib.runs.versions import NUMERICS, STRONG, fingerprint
+from lib.runs.versions import NUMERICS, PREDICTED_DSC, STRONG, fingerprint
 from lib.scans.cases import digests, files_of, segmented, workers
 from lib.scans.drawing_next import draw_next
 from lib.scans.networks.model_file import load_model, save_model
@@ -113,7 +113,8 @@ def segment_cases(settings, model, store, intake, output, progress, client):
         rows.append({"case": name, "status": "failed", "note": note + left})
     for case in intake.cases:
         prints, positions = store.index[case.name]["fingerprint"], slices[case.name].tolist()
-        keys[case.name] = fingerprint(model.key, prints, positions, str(case.image), settings.folder.dicom_seg)
+        how = positions, str(case.image), settings.folder.dicom_seg, PREDICTED_DSC
+        keys[case.name] = fingerprint(model.key, prints, *how)
         row = log.get(case.name, {})
         if row.get("fingerprint") != keys[case.name] or row.get("digests") != digests(case.name, output):
             log.pop(case.name, None)
