@@ -26,6 +26,7 @@ WORK = {  # images, pixels of each, training steps and batch at scale paper, as 
     "100,000 volumes of 48 x 48 x 64": (100_000, 48 * 48 * 64, 10_000, 4, "seg_train_3d_seconds", "48 x 48 x 64"),
 }
 MACHINES = {"2 CPU cores": ("CPU", 2), "100 CPU nodes": ("CPU", 100 * CORES)}
+ALONE = "2 CPU cores", "1 GPU"  # one process does all: nothing is handed out
 MACHINES |= {f"{count} GPU{'s' * (count > 1)}": ("GPU", count) for count in (1, 8, 64)}
 
 
@@ -51,7 +52,7 @@ def reckon(bench, steps, throughput, views):
             one = seconds_an_image(kind, bench, steps, name, image)
             # Training is one process on one GPU, or on the cores of one node: more would need data-parallel training.
             trained = one * training * batch / (min(count, CORES) if kind == "CPU" else 1)
-            handed = throughput["handing_out_ms"] / 1e3 * images  # by one scheduler, one after another
+            handed = 0 if machine in ALONE else throughput["handing_out_ms"] / 1e3 * images  # one after another
             segmented = max(handed, images * views * one / TRAINED / count)
             hours = (trained + segmented) / 3600
             rows.append(

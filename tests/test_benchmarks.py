@@ -66,6 +66,7 @@ def test_what_many_images_cost_grows_with_them_until_the_scheduler_is_the_limit(
     assert two["segmenting_hours"] == pytest.approx(1e6 * 5 * 0.1 / scale.TRAINED / 3600)
     assert nodes["training_hours"] == pytest.approx(two["training_hours"] * 2 / scale.CORES)
     assert gpus["training_hours"] == pytest.approx(7e-4 * 30_000 * 16 / 3600)
+    assert table.loc[slices, "1 GPU"]["bound"] == "networks"
     assert two["bound"] == "networks" and gpus["bound"] == "scheduler"
     assert gpus["segmenting_hours"] == pytest.approx(1e6 * 1e-3 / 3600)
     assert two["store_gb"] == pytest.approx(131.072) and two["dollars"] > table.loc[volumes, "2 CPU cores"]["dollars"]
