@@ -37,13 +37,21 @@ def wait_until(true):
     return found
 
 
-def test_an_item_whose_worker_is_killed_goes_to_another_one_and_ends_with_the_same_bytes(settings, tmp_path):
-    folder = grid.folder_of(ITEM, settings)
-    whole = grid.run(ITEM, settings, 1, {})
-    grid.shutil.rmtree(folder)
+def run_whole(settings):
+    """Run the item without a disturbance: (its files by name, but for the one that holds the minutes; its notebook).
+
+    Everything is removed again.
+    """
+    files = grid.run(ITEM, settings, 1, {})
+    grid.shutil.rmtree(grid.folder_of(ITEM, settings))
     grid.shutil.rmtree(params.work_folder("checkpoints"))
     executed = params.work_folder("notebooks", "grid", settings.cohort, ITEM.name, "12_peers.ipynb")
     executed.unlink()
+    return {name: content for name, content in files.items() if name != "item.json"}, executed
+
+
+def test_an_item_whose_worker_is_killed_goes_to_another_one_and_ends_with_the_same_bytes(settings):
+    whole, executed = run_whole(settings)
     with cluster.connect(settings, 2) as client:
         (future,) = grid.submit(client, [[ITEM]], settings, 1)
         wait_until(executed.exists)
@@ -53,10 +61,7 @@ def test_an_item_whose_worker_is_killed_goes_to_another_one_and_ends_with_the_sa
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
         again = future.result(timeout=PATIENCE)
-    assert sorted(again) == sorted(whole) and grid.is_done(ITEM, settings)
-    assert {name: again[name] for name in again if name != "item.json"} == {  # which holds the minutes
-        name: whole[name] for name in whole if name != "item.json"
-    }
+    assert again.pop("item.json") and again == whole and grid.is_done(ITEM, settings)
 
 
 @contextmanager
@@ -75,15 +80,8 @@ def scheduler_at(port):
             process.wait()
 
 
-def test_items_go_on_when_a_scheduler_that_was_gone_is_back_and_end_with_the_same_bytes(
-    settings, monkeypatch, capsys, tmp_path
-):
-    folder = grid.folder_of(ITEM, settings)
-    whole = grid.run(ITEM, settings, 1, {})
-    grid.shutil.rmtree(folder)
-    grid.shutil.rmtree(params.work_folder("checkpoints"))
-    executed = params.work_folder("notebooks", "grid", settings.cohort, ITEM.name, "12_peers.ipynb")
-    executed.unlink()
+def test_items_go_on_when_a_scheduler_that_was_gone_is_back_and_end_with_the_same_bytes(settings, monkeypatch, capsys):
+    whole, executed = run_whole(settings)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -99,9 +97,8 @@ def test_items_go_on_when_a_scheduler_that_was_gone_is_back_and_end_with_the_sam
         assert not status.done()
         with scheduler_at(port):
             assert status.result(timeout=PATIENCE) == 0
-    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "item.json"} == {
-        name: content for name, content in whole.items() if name != "item.json"
-    }
+    found = {file.name: file.read_bytes() for file in grid.folder_of(ITEM, settings).iterdir()}
+    assert found.pop("item.json") and found == whole
 
 
 def test_a_process_dies_with_the_one_that_has_started_it():
