@@ -45,7 +45,7 @@ def stale(before, after):
 
 
 TRAINING = {"segmentation", "registration", "joint", "mean_teacher", "peers", "joint_plus", "cctr"}
-OWN = {"own_data", "capacity", "volumes"}
+OWN = {"own_data", "capacity", "volumes", "throughput"}
 EVALUATED = {"evaluation", "grid", "contest_items", *OWN}
 TRAINED = {*TRAINING, *EVALUATED, "figure2"}
 

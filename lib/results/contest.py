@@ -252,16 +252,17 @@ def chart(table):
     ticks = sorted(table.loc[table["baseline_difference"].notna(), "n_labelled"].unique())
     present = [name for name in by_name() if name in set(table["method"]) - {BASELINE}]
     axes.axhline(0, color=by_name()[BASELINE].colour, lw=1, label=BASELINE)
+    step = min(0.1, 0.7 / max(1, len(present) - 1))  # side by side: intervals would hide one another
     for place, name in enumerate(present):
         rows = table[(table["method"] == name) & table["baseline_difference"].notna()]
         value, low, high = (rows[f"baseline_{column}"] for column in ("difference", "low", "high"))
-        apart = 0.7 * (place / max(1, len(present) - 1) - 0.5)  # side by side: intervals would hide one another
-        at = [ticks.index(n) + apart for n in rows["n_labelled"]]
+        at = [ticks.index(n) + step * (place - (len(present) - 1) / 2) for n in rows["n_labelled"]]
         style = {"fmt": "o", "color": by_name()[name].colour, "elinewidth": 2.5 if name == OURS else 1.2}
         axes.errorbar(at, value, (value - low, high - value), label=name, **style)
     if len(table):
         axes.set_title(f"{table['cohort'].iloc[0]}, recipe strong")
         axes.set_xticks(range(len(ticks)), [str(n) for n in ticks])
+        axes.set_xlim(-0.5, len(ticks) - 0.5)
     axes.set(xlabel="labelled", ylabel=f"DSC minus that of {BASELINE}")
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
