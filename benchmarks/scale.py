@@ -20,14 +20,14 @@ RESULTS = params.output_root() / "results"
 GPU = "NVIDIA_H100_80GB_HBM3"
 PRICES = {"CPU": 0.05, "GPU": 3.0}  # US dollars an hour, of a core and of a GPU: assumed, put in your own
 CORES = 32  # of a CPU node; it is taken to be that many cores' worth of the measured machine
-HALF = 2  # bytes of a stored pixel
+BYTES = 2  # of a stored pixel
 WORK = {  # images, pixels of each, training steps and batch at scale paper, as bench.json and the steps name them
     "1,000,000 slices of 256 x 256": (1_000_000, 256**2, 30_000, 16, "seg_train_seconds", "256 x 256"),
     "100,000 volumes of 48 x 48 x 64": (100_000, 48 * 48 * 64, 10_000, 4, "seg_train_3d_seconds", "48 x 48 x 64"),
 }
 MACHINES = {"2 CPU cores": ("CPU", 2), "100 CPU nodes": ("CPU", 100 * CORES)}
-ALONE = "2 CPU cores", "1 GPU"  # one process does all: nothing is handed out
 MACHINES |= {f"{count} GPU{'s' * (count > 1)}": ("GPU", count) for count in (1, 8, 64)}
+ALONE = "2 CPU cores", "1 GPU"  # one process does all: nothing is handed out
 
 
 def seconds_an_image(kind, bench, steps, name, image):
@@ -62,7 +62,7 @@ def reckon(bench, steps, throughput, views):
                     "training_hours": trained / 3600,
                     "segmenting_hours": segmented / 3600,
                     "bound": "scheduler" if segmented == handed else "networks",
-                    "store_gb": images * pixels * HALF / 1e9,
+                    "store_gb": images * pixels * BYTES / 1e9,
                     "dollars": hours * count * PRICES[kind],
                 }
             )
