@@ -5,9 +5,10 @@
    warped onto it and fused with its own (see ``neighbours``), as much as the warped neighbours look like the image.
 3. The network goes on by copy-paste, with the fused masks in place of its own.
 
-So joint+ without the second step is BCP that goes on from its own masks, and what fusion is worth can be read
-from the difference; what registration adds to it, from neighbours that are not registered (setting ``control``). P1's joint training is its ancestor: there too both networks make the pseudo-masks that the
-segmentation goes on from, but only labelled images are warped.
+So joint+ without the second step is BCP that goes on from its own masks, and the difference is what fusion is worth.
+What registration adds to fusion is the difference from neighbours that are not registered (setting ``control``). P1's
+joint training is its ancestor: there too both networks make the pseudo-masks that the segmentation goes on from, but
+only labelled images are warped.
 """
 
 import torch
