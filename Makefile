@@ -6,7 +6,7 @@ ACTIVATE = . .venv/bin/activate
 .PHONY: help repro contest demonstration test check segment lab bench
 
 help:
-	@echo 'make repro          regenerate the default results (about 25 minutes on two cores)'
+	@echo 'make repro          regenerate the default results (13 to 25 minutes on two cores)'
 	@echo 'make contest        every method by the same rules (six minutes a method and draw; finished ones are kept)'
 	@echo 'make test           run all tests (6 to 15 minutes)'
 	@echo 'make check          formatting, lint, and that imports go one way'
