@@ -74,17 +74,18 @@ def measure(folder, model_file, count):
         settings = params.load("strong", "folder", changes=[*SETTINGS, f"folder.workers={count}"])
         params.use_folder(settings, images=str(folder / "images"), output=output, model=str(model_file))
         model, found = load_model(model_file), find_cases(folder / "images", None, "{case}")
-        store = Store(Path(output) / "store")
+        (plan,) = model.plans
+        store = Store(Path(output) / "store", plan)
         with params.outputs_under(output), workers(settings, len(found)) as client:
             if client:  # what starting costs does not grow with the cases
                 client.wait_for_workers(count)
                 client.run(load_model, str(model_file))
             began = time.perf_counter()
-            intake = take_in(settings.folder, found, model.plan, store, client)
+            intake = take_in(settings.folder, found, [store], client)
             read = time.perf_counter()
-            pairs = [(case, np.arange(len(store.images(case.name)))) for case in intake.cases]
+            pairs = [(case, [np.arange(len(store.images(case.name)))]) for case in intake.cases]
             times, peak = [time.perf_counter()], 0
-            for row in segmented(settings, model, store, Path(output), pairs, client):
+            for row in segmented(settings, [store], Path(output), pairs, client):
                 assert row["status"] == "done", row
                 times.append(time.perf_counter())
                 if len(times) % 100 == 0:

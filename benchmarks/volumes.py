@@ -88,6 +88,8 @@ def by_ants(fuse):
 WAYS = {
     "make segment": by_segment(),
     "make segment, joint+": by_segment("folder.method=joint+"),
+    "make segment, both": by_segment("folder.space=both"),
+    "make segment, both, joint+": by_segment("folder.space=both", "folder.method=joint+"),
     "make segment, slices": by_segment("folder.space=slices", "folder.size=64"),
     "ANTs SyN, majority vote": by_ants(ants.majority),
     "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),

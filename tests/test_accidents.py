@@ -26,6 +26,7 @@ from lib.models import ResidualUNet
 from lib.runs import params
 from lib.scans import __main__ as command
 from lib.scans.reading.folder import nifti_files
+from lib.scans.reading.planning import KINDS
 from lib.scans.reading.store import Store
 from lib.scans.segment import segment_folder
 
@@ -58,8 +59,8 @@ def outcome(folder):
 
 
 def of_space(folder, space, **options):
-    """Made-up scans that are single slices or volumes."""
-    return fill(folder, slices=12 if space == "volumes" else 1, **options)
+    """Made-up scans that are single slices, or volumes."""
+    return fill(folder, slices=1 if space == "slices" else 12, **options)
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +209,11 @@ def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, o
     assert done.returncode == 0, done.stderr[-2000:]
     writes, texts = json.loads(done.stdout.splitlines()[-1])
     expected = (
-        "images.bin labels.bin index.jsonl fold_0.npz fold_1.npz fold_2.npz held_out.csv model.safetensors cases.jsonl "
-        "cases.csv confidence.png least_certain.png"
+        "images.bin labels.bin index.jsonl held_out.csv model.safetensors cases.jsonl cases.csv confidence.png "
+        "least_certain.png"
     )
-    assert {*expected.split(), "case 0_mask.nii.gz", "case 2_confidence.nii.gz"} <= {*writes}
+    cohorts = {f"{kind}_{k}.npz" for kind in (KINDS if space == "both" else [space]) for k in range(3)}
+    assert {*expected.split(), *cohorts, "case 0_mask.nii.gz", "case 2_confidence.nii.gz"} <= {*writes}
     assert sum(name.endswith(".pt") for name in writes) >= 5 and len(texts) == len(writes)
     for text in texts:
         assert text == "" if accident == "killed" else "make room; what is finished is kept, and the same" in text, text
@@ -305,7 +307,7 @@ def test_a_full_disk_stops_the_run_and_nothing_finished_is_lost(finished, tmp_pa
         with disk_of(size), pytest.raises(DataError, match=FULL):
             segment_folder(settings_for(new))
         assert not list((new / "out").rglob("*partial*"))
-    assert len(Store(new / "out" / "work" / "scans").index) == 7
+    assert len(Store(new / "out" / "work" / "scans" / "slices").index) == 7
     lost = folder / "out" / "case 3_confidence.nii.gz"
     lost.unlink()
     with disk_of(300), pytest.raises(DataError, match=FULL):
@@ -332,14 +334,15 @@ def test_what_may_not_be_read_or_written_is_named():
     with tempfile.TemporaryDirectory() as name:
         folder = fill(Path(name), cases=2, labelled=1, slices=1)
         folder.chmod(0o777)
-        store = Store(folder / "scans")
+        (folder / "scans").mkdir(mode=0o777)
+        (folder / "scans").chmod(0o777)
         for file in ("scans/images.bin", "scans/labels.bin", "scans/index.jsonl"):
             (folder / file).touch()
             (folder / file).chmod(0o666)
         (folder / "images" / "case 0.nii.gz").chmod(0)
         (folder / "out").mkdir(mode=0o555)
         with unprivileged():
-            intake = taken_in(settings_for(folder), store)
+            intake, _ = taken_in(settings_for(folder), folder)
             with pytest.raises(DataError, match="out cannot be written to .Permission denied.: give another output"):
                 segment_folder(settings_for(folder))
         assert [case.name for case in intake.cases] == ["case 1"]
@@ -427,7 +430,7 @@ def test_empty_masks_are_noted_and_nothing_but_empty_masks_is_an_error(tmp_path)
         nothing = nib.Nifti1Image(np.zeros((40, 36, 1), np.uint8), np.diag([-2.0, 1.0, 4.0, 1.0]))
         nib.save(nothing, folder / "masks" / f"case {k}.nii.gz")
         if k == 0:
-            intake = taken_in(settings_for(folder), Store(tmp_path / "scans"))
+            intake, store = taken_in(settings_for(folder), tmp_path)
             assert list(intake.notes) == ["case 0"] and "marks nothing" in intake.notes["case 0"]
     with pytest.raises(DataError, match="mark nothing: draw at least one structure"):
         segment_folder(settings_for(folder))

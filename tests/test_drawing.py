@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from test_own import fill, plan_for, settings_for, taken_in
+from test_own import fill, settings_for, taken_in
 
 from lib import DataError
 from lib.cohorts import load_cohort
@@ -17,7 +17,6 @@ from lib.runs.params import cohort_file
 from lib.scans import segment as own
 from lib.scans.reading.drawing import direction_of, drawn_part
 from lib.scans.reading.intake import build
-from lib.scans.reading.store import Store
 
 
 def ball(shape=(24, 30, 28)):
@@ -81,11 +80,10 @@ def partly(folder, monkeypatch, slices, changes=(), **options):
     labels = np.zeros(mask.shape, np.uint8)
     labels[:, :, 1] = np.asarray(mask.dataobj)[:, :, 1]
     nib.save(nib.Nifti1Image(labels, mask.affine), file)
-    settings["cohort"] = "folder/fold_0"
-    store = Store(folder / "scans")
-    intake = taken_in(settings, store)
+    settings["cohort"] = "folder/slices_0"
+    intake, store = taken_in(settings, folder)
     monkeypatch.setenv("JOINT_OUTPUT", str(folder / "out"))
-    build(settings, plan_for(settings), store, intake, ()).save(cohort_file(settings))
+    build(settings, store, intake, ()).save(cohort_file(settings))
     return settings, intake, load_cohort(cohort_file(settings))
 
 

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lib import DataError
-from lib.models import ResidualUNet
+from lib.models import ResidualUNet, strides_of
 from lib.scans.networks.model_file import FORMAT, VERSION, Model, load_model, save_model
 
 ABOUT = {
     "classes": ["a", "b"],
     "values": [1, 5],
-    "space": "slices",
     "axis": 2,
-    "spacing": [1.0, 1.0],
-    "canvas": [32, 32],
+    "plans": [
+        {"space": "volumes", "spacing": [1.0] * 3, "canvas": [32] * 3, "root": 4},
+        {"space": "slices", "spacing": [1.0] * 2, "canvas": [32] * 2, "root": 16},
+    ],
     "channels": [""],
-    "root": 16,
     "normalisation": "instance",
     "pseudo_masks": {"n": 5},
     "symmetric": False,
@@ -33,29 +33,39 @@ ABOUT = {
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Model([ResidualUNet(2, "instance").eval() for _ in range(2)], ABOUT)
+    networks = ResidualUNet(2, "instance", 4, strides_of((1.0,) * 3, (32,) * 3)), ResidualUNet(2, "instance", 16)
+    return Model([network.eval() for network in networks], ABOUT)
 
 
 def test_a_model_survives_its_file(model, tmp_path):
     save_model(model, tmp_path / "m.safetensors")
     again = load_model(tmp_path / "m.safetensors")
-    image = torch.rand(1, 1, 32, 32)
-    assert again.about == {**ABOUT, "networks": 2} and len(again.networks) == 2
-    for mine, theirs in zip(model.networks, again.networks):
+    assert again.about == ABOUT and len(again.networks) == 2
+    for mine, theirs, plan in zip(model.networks, again.networks, again.plans, strict=True):
+        image = torch.rand(1, 1, *plan.canvas)
         assert torch.equal(mine.segment(image), theirs.segment(image)) and not theirs.training
+
+
+@pytest.fixture
+def small(model):
+    """The network of slices alone."""
+    return Model(model.networks[1:], {**ABOUT, "plans": ABOUT["plans"][1:]})
 
 
 def pickled(file):
     file.write_bytes(pickle.dumps({"about": ABOUT}))
 
 
-def rewrite(**about):
+def rewrite(plan=(), **about):
+    """A file with a network of slices; what is given is changed in its plan, or beside it."""
+
     def spoil(file):
         network = ResidualUNet(2, "instance")
+        plans = [{**ABOUT["plans"][1], **dict(plan)}]
         save_file(
             {f"0/{name}": value for name, value in network.state_dict().items()},
             file,
-            {"about": json.dumps({**ABOUT, "networks": 1, "format": FORMAT, "version": VERSION, **about})},
+            {"about": json.dumps({**ABOUT, "plans": plans, "format": FORMAT, "version": VERSION, **about})},
         )
 
     return spoil
@@ -71,10 +81,12 @@ def rewrite(**about):
         (lambda f: save_file({"x": torch.zeros(3)}, f), "not a model of this project"),
         (rewrite(version=99), "version 99"),
         (rewrite(classes=["a", "b", "c"]), "does not fit"),
-        (rewrite(networks=0), "no network"),
-        (rewrite(canvas="big"), "does not fit"),
-        (rewrite(space="time"), "does not fit"),
-        (rewrite(root=8), "does not fit"),
+        (rewrite(), "has changed since it was written"),
+        (rewrite(plans=[]), "no network"),
+        (rewrite(plans=["slices"]), "does not fit"),
+        (rewrite({"canvas": 32}), "does not fit.*int"),
+        (rewrite({"space": "time"}), "space is 'time'"),
+        (rewrite({"root": 8}), "does not fit.*size mismatch"),
         (lambda f: f.unlink(), "does not exist"),
     ],
 )
@@ -104,9 +116,9 @@ def test_the_same_model_has_the_same_bytes(model, tmp_path):
     text=st.tuples(st.integers(0, 600), st.sampled_from([b"", b"[", b"9", b'"', b"null", b"1e999"])),
     keep=st.sampled_from([1, 1, 1, 0.999, 0.01, 0.0001]),
 )
-def test_whatever_is_in_a_model_file_it_is_the_model_or_refused_by_name(model, tmp_path, places, text, keep):
+def test_whatever_is_in_a_model_file_it_is_the_model_or_refused_by_name(small, tmp_path, places, text, keep):
     file = tmp_path / "m.safetensors"
-    save_model(model._replace(networks=model.networks[:1]), file)
+    save_model(small, file)
     content = bytearray(file.read_bytes())
     begin = content.index(b"{") + text[0]
     content[begin : begin + len(text[1])] = text[1]
@@ -118,7 +130,7 @@ def test_whatever_is_in_a_model_file_it_is_the_model_or_refused_by_name(model, t
     except DataError as error:
         assert "m.safetensors" in str(error)
     else:
-        assert found.about == {**ABOUT, "networks": 1} and found.key == model._replace(networks=model.networks[:1]).key
+        assert found.about == small.about and found.key == small.key
 
 
 def test_a_full_disk_leaves_the_old_model(model, tmp_path):

@@ -27,7 +27,7 @@ from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import fold_settings, score_case
 from lib.scans.reading.folder import Case, find_cases, read_case
 from lib.scans.reading.intake import build, chosen_slices, folds_of, subjects_of, take_in
-from lib.scans.reading.planning import Plan, plan_of
+from lib.scans.reading.planning import Plan, plans_of
 from lib.scans.reading.store import Store
 
 SLICES = Plan("slices", 2, (1.0, 1.0), (32, 32))
@@ -70,15 +70,18 @@ def settings_for(folder, monkeypatch, **changes):
 
 
 def plan_for(settings):
-    return plan_of(settings.folder, cases_of(settings))
+    (plan,) = plans_of(settings.folder, cases_of(settings))
+    return plan
 
 
 def cases_of(settings):
     return find_cases(settings.folder.images, settings.folder.masks)
 
 
-def taken_in(settings, store):
-    return take_in(settings.folder, cases_of(settings), plan_for(settings), store)
+def taken_in(settings, folder):
+    """(Intake, the only Store)"""
+    store = Store(folder / "scans", plan_for(settings))
+    return take_in(settings.folder, cases_of(settings), [store]), store
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +152,10 @@ def test_below_ten_labelled_subjects_all_masks_train_and_halves_say_what_confide
     model = load_model(folder / "out" / "model.safetensors")
     assert len(model.networks) == 1 and model.about["values"] == [2, 7]
     assert table["predicted_dsc"].between(0, 1).all()
-    masked = [load_cohort(folder / "out" / "work" / "cohort" / "folder" / f"fold_{k}.npz").masked for k in range(3)]
+    masked = [load_cohort(folder / "out" / "work" / "cohort" / "folder" / f"slices_{k}.npz").masked for k in range(3)]
     trains = [
         set(cohort.subjects[(cohort.split == "train") & cohort.masked])
-        for cohort in (load_cohort(folder / "out" / "work" / "cohort" / "folder" / f"fold_{k}.npz") for k in range(3))
+        for cohort in (load_cohort(folder / "out" / "work" / "cohort" / "folder" / f"slices_{k}.npz") for k in range(3))
     ]
     assert trains[0] == {"case 0", "case 1"} and sorted(map(sorted, trains[1:])) == [["case 0"], ["case 1"]]
     assert not masked[0].all() and masked[1].all() and masked[2].all()  # unlabelled scans train the network alone
@@ -326,7 +329,7 @@ def test_a_volume_that_is_too_short_is_left_out_and_the_others_are_not(tmp_path,
     folder = fill(tmp_path, cases=2, labelled=1, slices=5)
     image, _ = scan(5, 2)
     nib.save(nib.Nifti1Image(image, np.eye(4)), folder / "images" / "short.nii.gz")
-    intake = taken_in(settings_for(folder, monkeypatch, slices=[2, 4]), Store(tmp_path / "scans"))
+    intake, store = taken_in(settings_for(folder, monkeypatch, slices=[2, 4]), tmp_path)
     assert [case.name for case in intake.cases] == ["case 0", "case 1"]
     assert "short.nii.gz has 2 slices, none from 2 to 4: change folder.slices" in intake.failures["short"]
 
@@ -334,7 +337,7 @@ def test_a_volume_that_is_too_short_is_left_out_and_the_others_are_not(tmp_path,
 def test_flipping_left_and_right_makes_no_sense_in_sagittal_slices(tmp_path, monkeypatch):
     settings = settings_for(fill(tmp_path, cases=1, labelled=1), monkeypatch, symmetric=True, axis=0)
     with pytest.raises(DataError, match="folder.symmetric flips left and right"):
-        taken_in(settings, Store(tmp_path / "scans"))
+        taken_in(settings, tmp_path)
 
 
 def test_labels_shrink_as_images_do_and_what_is_lost_is_said(tmp_path, monkeypatch):
@@ -350,7 +353,7 @@ def test_labels_shrink_as_images_do_and_what_is_lost_is_said(tmp_path, monkeypat
     mask[0, 0] = 9  # one pixel of 40 by 36, in slices of 8
     affine = np.diag([-2.0, 1.0, 4.0, 1.0])
     nib.save(nib.Nifti1Image(mask, affine), folder / "masks" / "case 0.nii.gz")
-    intake = taken_in(settings_for(folder, monkeypatch, size=8), Store(tmp_path / "scans"))
+    intake, store = taken_in(settings_for(folder, monkeypatch, size=8), tmp_path)
     assert (
         intake.values == [2, 7, 9]
         and "label 9 is too small for slices of 16 x 16 pixels of 10 x 10 mm: raise folder.size"
@@ -360,29 +363,52 @@ def test_labels_shrink_as_images_do_and_what_is_lost_is_said(tmp_path, monkeypat
 
 def test_few_files_are_open_however_many_slices_train(tmp_path, monkeypatch):
     folder = fill(tmp_path, cases=4, labelled=2, slices=60)
-    settings, store = settings_for(folder, monkeypatch), Store(tmp_path / "scans")
-    intake = taken_in(settings, store)
+    settings = settings_for(folder, monkeypatch)
+    intake, store = taken_in(settings, tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
     try:
-        cohort = build(settings, plan_for(settings), store, intake, ["case 0"])
+        cohort = build(settings, store, intake, ["case 0"])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(cohort.images) == 240
 
 
+def test_volumes_and_slices_together_are_two_networks_with_one_mask(tmp_path, monkeypatch):
+    """Joint training registers the volumes; the slices beside them learn without."""
+    folder = fill(tmp_path, cases=3, labelled=2, slices=12)
+    settings = settings_for(folder, monkeypatch, space="both", method="joint+")
+    settings.strong.training |= {"steps": 12}
+    settings.volumes.training |= {"steps": 12}
+    settings.folder |= {"degraded_views": 5}
+    settings.volumes.registration |= {"epochs": 1}
+    table = own.segment_folder(settings)
+    assert (table["status"] == "done").all() and (table["slices"] == 12).all() and table["predicted_dsc"].notna().all()
+    model = load_model(folder / "out" / "model.safetensors")
+    assert [plan.space for plan in model.plans] == ["volumes", "slices"]
+    assert sorted(row[0] for row in model.about["calibration"]) == [0] * 6 + [1] * 6
+    models = folder / "out" / "work" / "models" / "folder"
+    assert [file.relative_to(models).parts[0] for file in models.rglob("registration")] == ["volumes_0"]
+    image = nib.load(folder / "images" / "case 2.nii.gz")
+    mask = nib.load(folder / "out" / "case 2_mask.nii.gz")
+    assert mask.shape == image.shape and np.allclose(mask.affine, image.affine)
+    again = own.segment_folder(
+        settings_for(folder, monkeypatch, masks="", model=str(folder / "out" / "model.safetensors"))
+    )
+    assert (again["status"] == "done").all()  # by the same model, whatever folder.space says
+
+
 def test_a_single_slice_is_scored_as_an_image(segmented, tmp_path, monkeypatch):
     """A volume one slice thick has no inside: its HD95 would be too low."""
     folder = fill(tmp_path, cases=1, labelled=1, slices=1)
-    store = Store(tmp_path / "scans")
     settings = settings_for(folder, monkeypatch)
-    intake = taken_in(settings, store)
+    intake, store = taken_in(settings, tmp_path)
     model = load_model(segmented[0] / "out" / "model.safetensors")
     numerics = Numerics("cpu")
     (case,) = intake.cases
-    found, _ = score_case(model, case, store, np.array([0]), settings.folder, numerics)
+    found, _ = score_case(model, case, [store], [np.array([0])], settings.folder, numerics)
     _, truth, grid = read_case(case)
-    labels, *_ = applying.segment(model, store.images("case 0"), np.array([0]), grid, numerics)
+    labels, *_ = applying.segment(model, [store.images("case 0")[[0]]], np.array([0]), grid, numerics)
     masks_of = lambda part: torch.stack([torch.as_tensor(part[0] == value) for value in (2, 7)])[None].float()
     pair = [masks_of(part) for part in (labels, truth)]
     expected = score(*pair, ["label 2", "label 7"], grid.spacing[1:])

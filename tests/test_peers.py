@@ -209,9 +209,10 @@ def test_neighbours_are_found_without_masks_and_controls_leave_out_what_they_are
     data.masks.zero_()
     again = neighbours.find_neighbours(trial)
     assert all(torch.equal(*pair) for pair in zip(found[:4], again[:4])) and found.cause == again.cause
-    options |= {"control": "unmoved"}
-    still = neighbours.find_neighbours(trial)
-    assert torch.equal(still.sources, found.sources) and not still.fields.any() and still.cause != found.cause
+    for control in ("unmoved", "forced"):
+        options |= {"control": control}
+        still = neighbours.find_neighbours(trial)
+        assert torch.equal(still.sources, found.sources) and not still.fields.any() and still.cause != found.cause
     options |= {"control": "random"}
     random = neighbours.find_neighbours(trial)
     assert (subjects[pool[random.sources]] != own).all() and not torch.equal(random.sources, found.sources)
@@ -231,6 +232,11 @@ def test_labelled_images_hand_on_their_true_masks_and_the_network_keeps_a_part_o
         expected = own * masks[:count] + (1 - own) * data.masks[data.labelled[:1]]
         fused, weight = joint_plus.fused_masks(trial, given, network)
         assert torch.allclose(fused, expected, atol=1e-4) and weight == own
+    unlike = given._replace(residuals=alike + 9)
+    options |= {"own": 0.3}
+    assert joint_plus.fused_masks(trial, unlike, network)[1] > 0.9
+    options |= {"control": "forced"}
+    assert joint_plus.fused_masks(trial, unlike, network)[1] == 0.3
     nobody = neighbours.Neighbours(one[:, :0], given.fields[:, :0], given.weights[:, :0], alike)
     assert torch.equal(joint_plus.fused_masks(trial, nobody, network)[0], masks[:count])
 

@@ -13,11 +13,12 @@ from test_own import settings_for, taken_in
 from lib import DataError
 from lib.compute import Numerics
 from lib.models import ResidualUNet
-from lib.scans.networks.applying import soft_masks
+from lib.pseudo_masks import mean_confidence
+from lib.runs import params
+from lib.scans.networks.applying import FEW, Confidence, masks_of, soft_masks
 from lib.scans.networks.model_file import Model
 from lib.scans.reading.folder import find_cases
-from lib.scans.reading.planning import Plan, plan_of
-from lib.scans.reading.store import Store
+from lib.scans.reading.planning import KINDS, Plan, plans_of
 
 
 def folder_of(folder, scans, drawn=1):
@@ -36,7 +37,8 @@ def folder_of(folder, scans, drawn=1):
 
 def plan_for(folder, scans, monkeypatch, drawn=1, **changes):
     options = settings_for(folder_of(folder, scans, drawn), monkeypatch, size=128, **changes).folder
-    return plan_of(options, find_cases(options.images, options.masks))
+    (plan,) = plans_of(options, find_cases(options.images, options.masks))
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -74,10 +76,49 @@ def test_volumes_that_are_asked_for_become_coarser_until_they_fit(tmp_path, monk
         plan_for(tmp_path / "flat", [((64, 64, 1), (1, 1, 1))], monkeypatch, space="volumes")
 
 
+def test_both_are_volumes_and_slices_of_the_same_scans(tmp_path, monkeypatch):
+    settings = settings_for(folder_of(tmp_path, [((32, 24, 20), (1, 1, 2))]), monkeypatch, space="both")
+    cases = find_cases(settings.folder.images, settings.folder.masks)
+    found = plans_of(settings.folder, cases)
+    alone = [plans_of(params.Section({**settings.folder, "space": space}), cases) for space in KINDS]
+    assert found == sum(alone, []) and [plan.space for plan in found] == [*KINDS]
+    with pytest.raises(DataError, match="folder.space=both segments whole volumes: set folder.slices to all"):
+        plans_of(params.Section({**settings.folder, "slices": [2, 5]}), cases)
+
+
+def test_the_mask_of_two_networks_is_the_mean_of_theirs_slice_by_slice():
+    """Also where one sees the volume at once, and the other a few slices at a time."""
+    plans = Plan("volumes", 2, (2.0, 2.0, 2.0), (16, 16, 16)), Plan("slices", 2, (1.0, 1.0), (32, 32))
+    networks = [ResidualUNet(2, "instance", 2, plan.strides).eval() for plan in plans]
+    planned = [{"space": plan.space, "spacing": plan.spacing, "canvas": plan.canvas} for plan in plans]
+    about = {"pseudo_masks": {"n": 2, "rotation": 5, "shift": 0, "contrast": 0.1}, "symmetric": False, "axis": 2}
+    grid = SimpleNamespace(slices=(35, 24, 20), spacing=(0.9, 1.2, 1.1))
+    stack = np.random.default_rng(0).random(grid.slices, np.float32)
+    images = [plan.images(stack, grid)[:, None] for plan in plans]
+    numerics = Numerics("cpu", "float32").sharing(1 / 24)  # eleven slices at a time, which FEW does not divide
+    assert FEW % numerics.batch(images[1])
+    by = lambda *which: list(
+        masks_of(
+            Model([networks[k] for k in which], {**about, "plans": [planned[k] for k in which]}),
+            [images[k] for k in which],
+            grid,
+            numerics,
+        )
+    )
+    both = by(0, 1)
+    assert [len(part) for part in both] == [16, 16, 3] and torch.cat(both).shape == (35, 2, 24, 20)
+    assert torch.allclose(torch.cat(both), (torch.cat(by(0)) + torch.cat(by(1))) / 2, atol=1e-6)
+    mean = Confidence()
+    for part in both:
+        mean.add(part)
+    whole = mean_confidence(torch.cat(both).movedim(0, 1)[None])
+    assert mean.mean == pytest.approx(float(whole), abs=1e-5)
+
+
 def test_a_single_slice_among_volumes_is_left_out_and_named(tmp_path, monkeypatch):
     scans = [((20, 24, 16), (1, 1, 1))] * 2 + [((20, 24, 1), (1, 1, 1))]
     settings = settings_for(folder_of(tmp_path, scans), monkeypatch)
-    intake = taken_in(settings, Store(tmp_path / "scans"))
+    intake, _ = taken_in(settings, tmp_path)
     assert [case.name for case in intake.cases] == ["case_0", "case_1"]
     assert "case_2.nii.gz is a single slice among volumes: leave it out" in intake.failures["case_2"]
 
@@ -88,13 +129,12 @@ def test_a_scan_much_larger_than_the_canvas_is_seen_through_windows(tmp_path, mo
     plan = Plan("volumes", 2, (1.0, 1.0, 1.0), (16, 16, 16))
     network, seen = ResidualUNet(1, "instance", 2, plan.strides).eval(), []
     about = {"pseudo_masks": {"n": 1, "rotation": 0, "shift": 0, "contrast": 0}, "symmetric": False}
-    about |= {"space": "volumes", "axis": 2, "spacing": [1.0] * 3, "canvas": [16] * 3}
     monkeypatch.setattr(network, "segment", lambda images: seen.append(images[0].numel()) or (images > 0.5).float())
     image = np.zeros((1, 1, 40, 48, 33), np.float32)
     image[..., 5:30, 8:40, 3:30] = 1
-    (soft,) = soft_masks(Model([network], about), image, Numerics("cpu", "float32"))
+    (soft,) = soft_masks(network, plan, about, image, Numerics("cpu", "float32"))
     assert max(seen) == 16**3 and torch.equal((soft > 0.5).float(), torch.as_tensor(image))
-    (soft,) = soft_masks(Model([network], about), image[..., :20, :20, :20], Numerics("cpu", "float32"))
+    (soft,) = soft_masks(network, plan, about, image[..., :20, :20, :20], Numerics("cpu", "float32"))
     assert seen[-1] == 20**3 and soft.shape == (1, 1, 20, 20, 20)
 
 

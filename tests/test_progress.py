@@ -4,22 +4,41 @@ import pytest
 from test_own import SLICES, settings_for
 
 from lib.scans.networks.training import fold_settings
-from lib.scans.progress import SEGMENTING, Progress, network_name, parts_of
+from lib.scans.progress import PIXEL, SEGMENTING, Progress, network_name, parts_of
+from lib.scans.reading.planning import Plan
+
+VOLUMES = Plan("volumes", 2, (1.0, 1.0, 1.0), (8, 8, 8))
+POSITIONS = {"a": 30, "b": 30, "c": 10}  # slices
 
 
-def parts_for(tmp_path, monkeypatch, folds, **options):
+def parts_for(tmp_path, monkeypatch, folds, plans=(SLICES,), **options):
     settings = settings_for(tmp_path, monkeypatch, **options)
-    trainings = [fold_settings(settings, SLICES, number).strong.training for number in range(len(folds))]
-    return parts_of(settings, trainings, folds, {"a": 30, "b": 30, "c": 10})
+    trainings = [[fold_settings(settings, plan, k).strong.training for plan in plans] for k in range(len(folds))]
+    seen = lambda count: [range(count if plan is SLICES else 1) for plan in plans]
+    return parts_of(settings, plans, trainings, folds, {name: seen(count) for name, count in POSITIONS.items()})
 
 
 def test_parts_are_networks_and_segmentation_and_take_what_they_do(tmp_path, monkeypatch):
     parts = parts_for(tmp_path, monkeypatch, [(), ("a",), ("b",)])
-    assert list(parts) == ["network", "quick network 1", "quick network 2", SEGMENTING]
-    assert parts["quick network 1"] == parts["quick network 2"] and parts[SEGMENTING] == 2 * 70
+    quick = ["quick network 1", "cases held out from quick network 1"]
+    again = [name.replace("1", "2") for name in quick]
+    assert list(parts) == ["network", "cases held out from the network", *quick, *again, SEGMENTING]
+    assert parts["cases held out from the network"] == 0 and parts[quick[1]] > parts[SEGMENTING]  # also in worse views
+    assert [parts[name] for name in quick] == [parts[name] for name in again]
+    assert parts[SEGMENTING] == 2 * 70 * PIXEL * 32 * 32  # two views
     longer = parts_for(tmp_path, monkeypatch, [()], method="joint+")
     assert longer["network"] > parts["network"] > 0
     assert list(parts_for(tmp_path, monkeypatch, [])) == [SEGMENTING]  # a model is given
+
+
+def test_volumes_and_slices_are_two_networks_that_both_segment(tmp_path, monkeypatch):
+    plans = VOLUMES, SLICES
+    parts = parts_for(tmp_path, monkeypatch, [()], plans)
+    assert list(parts)[:2] == ["network of volumes", "network of slices"]
+    assert parts[SEGMENTING] == parts_for(tmp_path, monkeypatch, [])[SEGMENTING] + 2 * 3 * 8**3
+    longer = parts_for(tmp_path, monkeypatch, [()], plans, method="joint+")  # volumes are registered, and they alone
+    assert longer["network of volumes"] > parts["network of volumes"]
+    assert longer["network of slices"] == parts["network of slices"]
 
 
 def test_the_bar_is_full_at_the_end_whatever_its_parts_say_they_have_done(capsys):
@@ -35,8 +54,9 @@ def test_the_bar_is_full_at_the_end_whatever_its_parts_say_they_have_done(capsys
 
 
 def test_what_an_earlier_run_has_done_is_not_waited_for(capsys):
-    progress = Progress({network_name(0): 100, network_name(1): 50, SEGMENTING: 20})
-    progress.skip(network_name(0), network_name(1))
+    names = network_name(0, SLICES, [SLICES]), network_name(1, SLICES, [SLICES])
+    progress = Progress(dict(zip((*names, SEGMENTING), (100, 50, 20))))
+    progress.skip(*names)
     assert progress.bar.total == 20 and list(progress.parts) == [SEGMENTING]
     with pytest.raises(KeyError), progress.part("network"):
         pass

@@ -18,7 +18,7 @@ CHOICES = {
     "precision": ("auto", "bfloat16", "float32"),
 }
 OWN_METHODS = ("fs+elastic", "bcp", "joint+")  # that may segment a user's own scans
-SPACES = ("auto", "slices", "volumes")  # how they are seen
+SPACES = ("auto", "slices", "volumes", "both")  # how they are seen
 SMALLEST = 16  # pixels, the side of slices in which there is anything to see after four halvings
 MIXED = ("slices", "drawn")  # settings that may be a word, or a list or a number
 

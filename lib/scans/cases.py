@@ -18,14 +18,14 @@ from lib.scans.networks.applying import apply
 from lib.scans.networks.model_file import load_model
 from lib.scans.reading.folder import is_others
 from lib.scans.reading.intake import digest
-from lib.scans.reading.store import Store
+from lib.scans.reading.store import Store, images_of
 
 
 class Job(NamedTuple):
     """All that a worker needs besides the case. It reads and writes the folders that are named here."""
 
     model: str  # file
-    store: str
+    stores: tuple  # folders, one for every plan of the model
     output: str
     numerics: tuple  # device, precision, deterministic
     dicom_seg: bool
@@ -35,24 +35,29 @@ class Job(NamedTuple):
 
 @lru_cache(1)
 def tools(job):
-    """(Model on the device, Store, Numerics), made once by every worker."""
+    """(Model on the device, its Stores, Numerics), made once by every worker."""
     if job.threads:
         torch.set_num_threads(job.threads)
     numerics = Numerics(*job.numerics)
-    return load_model(job.model).to(numerics), Store(job.store), numerics
+    return load_model(job.model).to(numerics), [Store(folder) for folder in job.stores], numerics
 
 
 def segment_case(job, case, positions):
-    """The row of a case in cases.csv, segmented now unless somebody has changed its files in the output folder."""
-    model, store, numerics = tools(job)
+    """The row of a case in cases.csv, segmented now unless somebody has changed its files in the output folder.
+
+    ``positions``: of intake.chosen_images.
+    """
+    model, stores, numerics = tools(job)
     output = Path(job.output)
     files = files_of(case.name, output)
     try:
         if others := [file for file in files if is_others(file)]:
             note = f"{others[0]} has been changed, or was there before, and is kept: move it away to have it made"
             return {"case": case.name, "status": "kept", "note": note}
-        grid = read_grid(case.image, model.plan.axis)
-        row = apply(model, case.name, store.images(case.name), positions, grid, output, numerics)
+        plan = model.plans[0]
+        grid = read_grid(case.image, plan.axis)
+        planes = plan.planes(positions[0], grid)
+        row = apply(model, case.name, images_of(stores, case.name, positions), planes, grid, output, numerics)
         if job.dicom_seg and case.image.is_dir():
             names = model.about["values"], model.about["classes"]
             write_dicom_seg(files[0], case.image, *names, output / f"{case.name}_mask.dcm")
@@ -82,14 +87,14 @@ def workers(settings, count):
         yield None
 
 
-def segmented(settings, model, store, output, cases, client=None):
+def segmented(settings, stores, output, cases, client=None):
     """Rows of cases.csv, one after another in the order of the cases.
 
     Args:
         settings: as params.load gives them.
-        model: model_file.Model, which lies in folder.model or in the output folder.
-        store, output: store.Store and folder.
-        cases: pairs of folder.Case and the positions that are segmented.
+        stores: list of store.Store, one for every plan of the model.
+        output: folder, in which the model lies unless folder.model names it.
+        cases: pairs of folder.Case and the positions that are segmented, of intake.chosen_images.
         client: of ``workers``.
 
     Returns:
@@ -99,7 +104,7 @@ def segmented(settings, model, store, output, cases, client=None):
     shared = options.workers > 1 and not cluster.address_of(settings)  # the cores of this machine
     job = Job(
         str(Path(options.model or output / "model.safetensors").resolve()),
-        str(store.folder.resolve()),
+        tuple(str(store.folder.resolve()) for store in stores),
         str(output.resolve()),
         (settings.device, settings.precision, settings.deterministic),
         options.dicom_seg,

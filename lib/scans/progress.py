@@ -1,5 +1,6 @@
 """One display over everything that a run on a folder does: how much of it is done, and the time left."""
 
+import math
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -7,13 +8,14 @@ from tqdm import tqdm
 TRAINED = (
     3.5  # times as long as segmenting an image takes training on it: backward pass, averaged network, augmentation
 )
+PIXEL = 2  # times as long as a voxel takes a pixel of a slice: networks of slices have more channels
 REGISTERED = 0.7  # of a joint+ training goes to its registration as well
 FORMAT = "all: {percentage:3.0f} %|{bar:30}| {elapsed} passed, {remaining} left; {desc}"
 SEGMENTING = "segmenting"
 
 
 class Progress:
-    """A bar whose unit is one image seen by a network.
+    """A bar whose unit is one voxel seen by a network.
 
     Args:
         parts: dictionary of the names of what a run does, in order, to what each takes.
@@ -38,33 +40,50 @@ class Progress:
         self.bar.refresh()
 
 
-def step_takes(training):
+def image_takes(plan):
+    """What segmenting an image on the canvas of a planning.Plan takes."""
+    return math.prod(plan.canvas) * (1 if plan.space == "volumes" else PIXEL)
+
+
+def step_takes(training, plan):
     """What one training step takes; ``training``: its settings."""
-    return TRAINED * training.batch
+    return TRAINED * training.batch * image_takes(plan)
 
 
-def case_takes(settings, images, measured=False):
-    """What segmenting a case of so many images takes, or, held out, measuring what confidence means of it."""
+def case_takes(settings, plans, positions, measured=False):
+    """What segmenting a case takes or, held out, measuring what confidence means of it.
+
+    Args:
+        positions: of its images that are segmented, for every plan.
+    """
+    images = sum(len(at) * image_takes(plan) for at, plan in zip(positions, plans))
     return images * settings.pseudo_masks.n * (1 + settings.folder.degraded_views * measured)
 
 
-def network_name(number):
-    """What the display calls a network."""
-    return f"quick network {number}" if number else "network"
+def network_name(number, plan, plans):
+    """What the display calls a network; ``plan``: its own, of ``plans``."""
+    return (f"quick network {number}" if number else "network") + f" of {plan.space}" * (len(plans) > 1)
 
 
-def parts_of(settings, trainings, folds, counts):
+def measuring_name(number):
+    """What the display calls measuring the cases that are held out from a network."""
+    return f"cases held out from {f'quick network {number}' if number else 'the network'}"
+
+
+def parts_of(settings, plans, trainings, folds, chosen):
     """What a run does and what each part takes: dictionary for Progress.
 
     Args:
         settings: as params.load gives them.
-        trainings: settings of every network's training, the one that is used first.
-        folds: names of the cases that are held out from every network.
-        counts: dictionary of case to how many of its images are segmented.
+        plans: list of planning.Plan.
+        trainings: of every fold, the first that of the model itself, settings of the training for every plan.
+        folds: names of the cases that are held out from every one.
+        chosen: dictionary of case to the positions of its images that are segmented, see intake.chosen_images.
     """
     parts = {}
-    for number, (training, names) in enumerate(zip(trainings, folds)):
-        registered = REGISTERED * (settings.folder.method == "joint+" and number == 0)
-        measured = sum(case_takes(settings, counts[name], measured=True) for name in names)
-        parts[network_name(number)] = training.steps * step_takes(training) * (1 + registered) + measured
-    return {**parts, SEGMENTING: sum(case_takes(settings, count) for count in counts.values())}
+    for number, (each, names) in enumerate(zip(trainings, folds)):
+        for k, (training, plan) in enumerate(zip(each, plans)):
+            registered = REGISTERED * (settings.folder.method == "joint+" and number == k == 0)
+            parts[network_name(number, plan, plans)] = training.steps * step_takes(training, plan) * (1 + registered)
+        parts[measuring_name(number)] = sum(case_takes(settings, plans, chosen[name], measured=True) for name in names)
+    return {**parts, SEGMENTING: sum(case_takes(settings, plans, positions) for positions in chosen.values())}

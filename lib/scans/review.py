@@ -99,7 +99,7 @@ class Review:
         Volumes that were segmented whole are shown in three planes.
         """
         worst = self.table.sort_values(["predicted_dsc", "confidence"]).head(count)
-        across = range(3 if self.model.plan.space == "volumes" else 1)
+        across = range(3 if self.model.plans[0].space == "volumes" else 1)
         high, columns = len(across) + 1, min(columns, len(worst))
         rows = -(-len(worst) // columns)
         figure, axes = plt.subplots(high * rows, columns, figsize=(2.1 * columns, 2.5 * high * rows), squeeze=False)

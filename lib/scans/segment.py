@@ -19,8 +19,8 @@ from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import fold_settings, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
 from lib.scans.reading.folder import find_cases
-from lib.scans.reading.intake import chosen_slices, folds_of, subjects_of, take_in
-from lib.scans.reading.planning import plan_of
+from lib.scans.reading.intake import chosen_images, folds_of, subjects_of, take_in
+from lib.scans.reading.planning import plans_of
 from lib.scans.reading.store import Store
 
 
@@ -73,37 +73,37 @@ def segment_folder(settings):
         if model:
             options["channels"] = [] if model.about["channels"] == [""] else model.about["channels"]
         found = find_cases(options.images, options.masks or None, options.pattern, options.channels)
-        plan = model.plan if model else plan_of(options, found)
-        tqdm.write(f"{plan.title}; folder.space says otherwise")
-        store = Store(output / "work" / "scans")
+        plans = model.plans if model else plans_of(options, found)
+        tqdm.write(f"{' and '.join(plan.title for plan in plans)}; folder.space says otherwise")
+        stores = [Store(output / "work" / "scans" / plan.space, plan) for plan in plans]
         client = stack.enter_context(workers(settings, len(found)))
-        intake = take_in(options, found, plan, store, client)
+        intake = take_in(options, found, stores, client)
         for reason in intake.failures.values():  # now, not after hours of training
             tqdm.write(f"left out: {reason}")
         counts = len(intake.cases), len(intake.labelled), len(intake.failures)
         tqdm.write("{} cases, {} of them with masks; {} left out".format(*counts))
-        progress = Progress(what_is_to_do(settings, plan, store, intake, model))
+        progress = Progress(what_is_to_do(settings, stores, intake, model))
         if model is None:
-            model = trained(settings, plan, store, intake, output, progress)
-        rows = segment_cases(settings, model, store, intake, output, progress, client)
+            model = trained(settings, stores, intake, output, progress)
+        rows = segment_cases(settings, model, stores, intake, output, progress, client)
         progress.bar.close()
         table = summary(rows, model, options.review)
         write_table(table, output / "cases.csv")
         return table
 
 
-def what_is_to_do(settings, plan, store, intake, model):
+def what_is_to_do(settings, stores, intake, model):
     """Parts of a run for progress.Progress; ``model``: the one that is given, if any."""
-    counts = {name: len(found) for name, found in chosen_slices(settings.folder, store, intake.cases).items()}
     subjects = subjects_of([case.name for case in intake.labelled], settings.folder.subject)
     folds = [] if model else folds_of(subjects, settings.seed)
-    trainings = [fold_settings(settings, plan, number).strong.training for number in range(len(folds))]
-    return parts_of(settings, trainings, folds, counts)
+    plans = [store.plan for store in stores]
+    trainings = [[fold_settings(settings, plan, k).strong.training for plan in plans] for k in range(len(folds))]
+    return parts_of(settings, plans, trainings, folds, chosen_images(settings.folder, stores, intake.cases))
 
 
-def segment_cases(settings, model, store, intake, output, progress, client):
+def segment_cases(settings, model, stores, intake, output, progress, client):
     """Rows of cases.csv, as dictionaries; cases that are finished are taken from the log of the runs before."""
-    slices = chosen_slices(settings.folder, store, intake.cases)
+    chosen = chosen_images(settings.folder, stores, intake.cases)
     log_file = output / "work" / "cases.jsonl"
     log, keys = read_lines(log_file, "case"), {}
     rows = []
@@ -112,14 +112,15 @@ def segment_cases(settings, model, store, intake, output, progress, client):
         left = "; its files in the output folder are of an earlier run" if old else ""
         rows.append({"case": name, "status": "failed", "note": note + left})
     for case in intake.cases:
-        prints, positions = store.index[case.name]["fingerprint"], slices[case.name].tolist()
+        prints = [store.index[case.name]["fingerprint"] for store in stores]
+        positions = [at.tolist() for at in chosen[case.name]]
         how = positions, str(case.image), settings.folder.dicom_seg, PREDICTED_DSC
         keys[case.name] = fingerprint(model.key, prints, *how)
         row = log.get(case.name, {})
         if row.get("fingerprint") != keys[case.name] or row.get("digests") != digests(case.name, output):
             log.pop(case.name, None)
-    missing = [(case, slices[case.name]) for case in intake.cases if case.name not in log]
-    found = segmented(settings, model, store, output, missing, client) if missing else None
+    missing = [(case, chosen[case.name]) for case in intake.cases if case.name not in log]
+    found = segmented(settings, stores, output, missing, client) if missing else None
     with progress.part(SEGMENTING) as done:
         for case in intake.cases:
             row = log.get(case.name)
@@ -129,8 +130,8 @@ def segment_cases(settings, model, store, intake, output, progress, client):
                     row |= {"fingerprint": keys[case.name]}
                     append_line(row, log_file)
             rows.append({"note": intake.notes.get(case.name, ""), **row, "labelled": case.mask is not None})
-            done(case_takes(settings, len(slices[case.name])))
-    draw_next(rows, lambda name: store.images(name)[slices[name]])
+            done(case_takes(settings, model.plans, chosen[case.name]))
+    draw_next(rows, lambda name: stores[0].images(name)[chosen[name][0]])
     return rows
 
 
@@ -175,7 +176,7 @@ def summary(rows, model, review):
     return table
 
 
-def trained(settings, plan, store, intake, output, progress):
+def trained(settings, stores, intake, output, progress):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
     read = "seed", "scale", "device", "precision", "segmentation", "registration", "refinement", "pseudo_masks"
     relevant = {name: settings[name] for name in read}
@@ -195,10 +196,12 @@ def trained(settings, plan, store, intake, output, progress):
         "licence",
     )
     options = {name: settings.folder[name] for name in names}
-    prints = [store.index[case.name]["fingerprint"] for case in intake.cases]
-    if plan.space == "volumes":
+    plans = [store.plan for store in stores]
+    prints = [store.index[case.name]["fingerprint"] for case in intake.cases for store in stores]
+    if plans[0].space == "volumes":
         relevant["volumes"] = settings.volumes
-    key = fingerprint(relevant, options, list(plan), prints, [case.name for case in intake.cases], NUMERICS, STRONG)
+    seen, names = [list(plan) for plan in plans], [case.name for case in intake.cases]
+    key = fingerprint(relevant, options, seen, prints, names, NUMERICS, STRONG)
     file = output / "model.safetensors"
     try:
         model = load_model(file)
@@ -207,7 +210,7 @@ def trained(settings, plan, store, intake, output, progress):
             return model
     except DataError:
         pass
-    model, held_out = train(settings, plan, store, intake, progress)
+    model, held_out = train(settings, stores, intake, progress)
     write_table(held_out, output / "held_out.csv")
     model.about["key"] = key
     save_model(model, file)

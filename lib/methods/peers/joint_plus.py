@@ -58,7 +58,7 @@ def weight_of_own(least, residuals, guessed, fused):
 
 
 def fused_masks(experiment, neighbours, network):
-    """What the network goes on from.
+    """What the network goes on from. With setting ``control: forced`` the fused masks count whatever they look like.
 
     Returns:
         (masks ``(unlabelled, classes, *space)`` in [0, 1]; the weight that the network's own have in them).
@@ -68,7 +68,8 @@ def fused_masks(experiment, neighbours, network):
     if not neighbours.sources.shape[1]:
         return guessed, 1.0
     fused = neighbours.fuse(masks)
-    own = weight_of_own(least, neighbours.residuals, guessed, fused)
+    forced = experiment.settings.strong.joint_plus.control == "forced"
+    own = least if forced else weight_of_own(least, neighbours.residuals, guessed, fused)
     return own * guessed + (1 - own) * fused, own
 
 

@@ -127,7 +127,7 @@ def find_neighbours(experiment):
 
     Returns:
         Neighbours. Setting ``strong.joint_plus.control`` leaves out what it is to measure: ``random`` takes any images
-        as neighbours, ``unmoved`` does not register them.
+        as neighbours, ``unmoved`` and ``forced`` do not register them.
     """
     data, numerics, options = experiment.data, experiment.numerics, experiment.settings.strong.joint_plus
     pretrained, refinement = load_pretrained_registration(experiment), experiment.settings.refinement
@@ -151,7 +151,7 @@ def find_neighbours(experiment):
         source = images[chosen.flatten()]
         with numerics.autocast():
             field = network.register(source, target.repeat_interleave(k, 0))
-        field = field * (options.control != "unmoved")
+        field = field * (options.control not in ("unmoved", "forced"))
         warped = warp(source, field).unflatten(0, (-1, k))[:, :, 0]
         fields.append(field.unflatten(0, (-1, k)).half())
         errors = patch_errors(warped, target)

@@ -11,23 +11,22 @@ from safetensors.torch import save_file
 from lib import DataError
 from lib.models import ResidualUNet
 from lib.runs.files import replacing
-from lib.runs.params import SPACES
 from lib.runs.versions import fingerprint
-from lib.scans.reading.planning import Plan
+from lib.scans.reading.planning import KINDS, Plan
 from lib.training import weights_digest
 
 FORMAT = "joint segmentation and registration"
-VERSION = 3
+VERSION = 4
 
 
 class Model(NamedTuple):
-    """Segmentation networks of the same kind, whose mean is the mask, and what is needed to apply them.
+    """Segmentation networks, each with the plan by which it sees scans; their mean is the mask.
 
-    ``about``: classes (names), values (label value of each class in the masks), space, axis, spacing and canvas (of
-    planning.Plan), channels (what the names of their files end with), root (channels of the finest level),
-    normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and settings),
-    licence (of the training data) and calibration (rows: number of a held-out subject, and mean confidence and DSC of
-    one of its cases or of a worse view of it).
+    ``about``: classes (names), values (label value of each class in the masks), axis (of planning.Plan), plans (for
+    every network: space, spacing and canvas of its Plan, and root, its channels of the finest level), channels (what
+    the names of their files end with), normalisation, pseudo_masks (of the test-time augmentation), symmetric,
+    fingerprint (of training data and settings), licence (of the training data) and calibration (rows: number of a
+    held-out subject, and mean confidence and DSC of one of its cases or of a worse view of it).
     """
 
     networks: list
@@ -38,9 +37,9 @@ class Model(NamedTuple):
         return self._replace(networks=[numerics.place(network) for network in self.networks])
 
     @property
-    def plan(self):
-        """The planning.Plan by which the networks see scans."""
-        return plan_in(self.about)
+    def plans(self):
+        """The planning.Plan of every network."""
+        return plans_in(self.about)
 
     @property
     def key(self):
@@ -52,12 +51,9 @@ class Model(NamedTuple):
 REQUIRED = {
     "classes": list,
     "values": list,
-    "space": str,
     "axis": int,
-    "spacing": list,
-    "canvas": list,
+    "plans": list,
     "channels": list,
-    "root": int,
     "normalisation": str,
     "pseudo_masks": dict,
     "symmetric": bool,
@@ -67,9 +63,11 @@ REQUIRED = {
 }
 
 
-def plan_in(about):
-    """The planning.Plan that a model's ``about`` holds."""
-    return Plan(about["space"], about["axis"], tuple(about["spacing"]), tuple(about["canvas"]))
+def plans_in(about):
+    """The planning.Plans that a model's ``about`` holds."""
+    return [
+        Plan(plan["space"], about["axis"], tuple(plan["spacing"]), tuple(plan["canvas"])) for plan in about["plans"]
+    ]
 
 
 def checksum(about, networks):
@@ -89,8 +87,8 @@ def save_model(model, file):
         for k, network in enumerate(model.networks)
         for name, value in network.state_dict().items()
     }
-    about = {**model.about, "networks": len(model.networks)}
-    about |= {"checksum": checksum(about, model.networks), "format": FORMAT, "version": VERSION}
+    own = {"checksum": checksum(model.about, model.networks), "format": FORMAT, "version": VERSION}
+    about = {**model.about, **own}
     with replacing(file) as partial:
         try:
             save_file(tensors, partial, {"about": json.dumps(about)})  # one entry: several are written in random order
@@ -126,12 +124,12 @@ def load_model(file):
         for name, kind in REQUIRED.items():
             if not isinstance(about[name], kind):
                 raise TypeError(f"{name} is {about[name]!r}")
-        if about["space"] not in SPACES[1:]:
-            raise ValueError(f"space is {about['space']!r}")
-        networks, strides = [], plan_in(about).strides
-        for k in range(int(about["networks"])):
+        networks, plans = [], plans_in(about)
+        for k, (plan, root) in enumerate(zip(plans, (plan["root"] for plan in about["plans"]))):
+            if plan.space not in KINDS:
+                raise ValueError(f"space is {plan.space!r}")
             network = ResidualUNet(
-                len(about["classes"]), about["normalisation"], about["root"], strides, len(about["channels"])
+                len(about["classes"]), about["normalisation"], root, plan.strides, len(about["channels"])
             )
             own = {name.split("/", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{k}/")}
             if not all(torch.isfinite(value).all() for value in own.values()):

@@ -50,35 +50,40 @@ def digest(file):
         raise DataError(f"{file} cannot be read ({error.strerror}): check its permissions, or copy it again") from error
 
 
-def prints_of(case, settings, plan):
-    """Fingerprint of what a case's images in the store are made from."""
-    return fingerprint([digest(file) for file in case.files], list(plan), settings.labels, settings.drawn, IMAGES)
+def prints_of(case, settings, plans):
+    """Fingerprint of what a case's images are made from, one for every plan."""
+    files = [digest(file) for file in case.files]
+    return [fingerprint(files, list(plan), settings.labels, settings.drawn, IMAGES) for plan in plans]
 
 
 class Reading(NamedTuple):
-    """What a case gives for the store."""
+    """What a case gives for the stores."""
 
-    key: str = ""  # see prints_of
-    contents: tuple = None  # images, labels, drawn, what else the index shall say; None if the store has them
+    keys: tuple = ()  # see prints_of
+    contents: tuple = ()  # for every plan: images, labels, drawn, what else the index shall say; empty if it is known
     failure: str = ""  # what is wrong with the case
 
 
-def read_in(settings, plan, allowed, case, known):
-    """The Reading of a case; ``known`` is the key of what the store has of it. Can run on any worker."""
+def read_in(settings, plans, allowed, case, known):
+    """The Reading of a case; ``known`` are the keys of what the stores have of it. Can run on any worker."""
     try:
-        key = prints_of(case, settings, plan)
-        if key == known:
-            return Reading(key)
-        channels, labels, grid = read_case(case, plan.axis, allowed)
-        if plan.space == "volumes" and grid.slices[0] == 1:
+        keys, axis = prints_of(case, settings, plans), plans[0].axis
+        if keys == known:
+            return Reading(keys)
+        channels, labels, grid = read_case(case, axis, allowed)
+        if plans[0].space == "volumes" and grid.slices[0] == 1:
             raise DataError(f"{case.image} is a single slice among volumes: leave it out, or set folder.space=slices")
-        masks, more = (None, None), {"values": [], "taken": ""}
+        drawn, more = None, {"values": [], "taken": ""}
         if labels is not None:
-            labels, drawn, taken = drawn_part(labels, settings.drawn, plan.axis)
-            masks = plan.labels(labels, grid, drawn), plan.drawn(drawn, grid)
+            labels, drawn, taken = drawn_part(labels, settings.drawn, axis)
             more = {"values": np.unique(labels[labels > 0]).tolist(), "taken": taken}
-        images = np.stack([plan.images(scaled(channel), grid) for channel in channels], axis=1)
-        return Reading(key, (images.astype(np.float16), *masks, more))
+        channels = [scaled(channel) for channel in channels]
+        contents = []
+        for plan in plans:
+            images = np.stack([plan.images(channel, grid) for channel in channels], axis=1).astype(np.float16)
+            masks = (None, None) if labels is None else (plan.labels(labels, grid, drawn), plan.drawn(drawn, grid))
+            contents.append((images, *masks, more))
+        return Reading(keys, contents)
     except DataError as error:
         return Reading(failure=str(error))
     except (MemoryError, RuntimeError) as error:
@@ -87,14 +92,13 @@ def read_in(settings, plan, allowed, case, known):
         return Reading(failure=f"{case.image} does not fit into memory: crop it, or split it into several files")
 
 
-def take_in(settings, found, plan, store, client=None):
-    """Read every case of a folder into the store; one that cannot be read is reported and does not stop the others.
+def take_in(settings, found, stores, client=None):
+    """Read every case of a folder into stores; one that cannot be read is reported and does not stop the others.
 
     Args:
         settings: section ``folder`` of params.yaml.
         found: list of folder.Case.
-        plan: planning.Plan.
-        store: store.Store.
+        stores: list of store.Store, one for every plan.
         client: whose workers read, see runs.cluster; None reads here.
 
     Returns:
@@ -104,30 +108,31 @@ def take_in(settings, found, plan, store, client=None):
         DataError: the settings cannot be used.
         OSError: the store's disk is full: what cannot be kept is no fault of the case.
     """
-    if settings.symmetric and plan.axis == 0:
+    plans = [store.plan for store in stores]
+    if settings.symmetric and plans[0].axis == 0:
         raise DataError(
             "folder.symmetric flips left and right, which slices along folder.axis 0 do not have: set it to false"
         )
     range_of(settings.slices)
     cases, failures, notes, values = [], {}, {}, set()
     allowed = {0, *settings.labels, *[settings.drawn] * isinstance(settings.drawn, int)} if settings.labels else None
-    read = partial(read_in, settings, plan, allowed)
-    known = [store.index.get(case.name, {}).get("fingerprint") for case in found]
+    read = partial(read_in, settings, plans, allowed)
+    known = [[store.index.get(case.name, {}).get("fingerprint") for store in stores] for case in found]
     readings = zip(found, mapped(client, read, found, known))
     for case, reading in tqdm(readings, desc="reading", unit="case", total=len(found)):
-        if not (reading.failure or reading.contents or store.has(case.name, reading.key)):  # it is spoilt
+        whole = reading.contents or all(store.has(case.name, key) for store, key in zip(stores, reading.keys))
+        if not (reading.failure or whole):  # it is spoilt
             reading = read(case, None)
-        if reading.contents:
-            images, labels, drawn, more = reading.contents
-            store.add(case.name, reading.key, images, labels, drawn, **more)
-        failure = reading.failure or unusable(case, settings, store)
+        for store, key, (images, labels, drawn, more) in zip(stores, reading.keys, reading.contents):
+            store.add(case.name, key, images, labels, drawn, **more)
+        failure = reading.failure or unusable(case, settings, stores[0])
         if failure:
             failures[case.name] = failure
             continue
         cases.append(case)
         if case.mask:
-            values |= set(store.index[case.name]["values"])
-            if note := odd(case, plan, store):
+            values |= set(stores[0].index[case.name]["values"])
+            if note := next(filter(None, (odd(case, store) for store in stores)), ""):
                 notes[case.name] = note
     return Intake(cases, failures, notes, sorted(values))
 
@@ -141,9 +146,9 @@ def unusable(case, settings, store):
     return f"{case.image} has {count} slices, none from {first} to {last}: change folder.slices"
 
 
-def odd(case, plan, store):
+def odd(case, store):
     """What is odd about the mask of a case, or nothing."""
-    entry = store.index[case.name]
+    entry, plan = store.index[case.name], store.plan
     if not entry["values"]:
         return f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
     if lost := set(entry["values"]) - set(np.unique(store.labels(case.name)).tolist()):
@@ -181,6 +186,12 @@ def chosen_slices(settings, store, cases):
         }
     first, last = range_of(settings.slices)
     return {case.name: np.arange(len(store.images(case.name)))[first : last + 1] for case in cases}
+
+
+def chosen_images(settings, stores, cases):
+    """As ``chosen_slices``: dictionary of name to a list of positions, one array for every store."""
+    each = [chosen_slices(settings, store, cases) for store in stores]
+    return {case.name: [found[case.name] for found in each] for case in cases}
 
 
 def subjects_of(names, pattern):
@@ -224,19 +235,18 @@ def folds_of(subjects, seed):
     return [(), *(sorted((names(order[::2]), names(order[1::2]))) if len(cases) > 1 else [])]
 
 
-def build(settings, plan, store, intake, held_out):
-    """The cohort of one fold.
+def build(settings, store, intake, held_out):
+    """The cohort of one fold, as the store's plan has it.
 
     Args:
         settings: as params.load gives them.
-        plan: planning.Plan.
         held_out: names of the labelled cases that validate; if there are none, those that train validate too.
 
     Returns:
         OwnCohort. It lies in memory, so slices are thinned evenly: at most folder.unlabelled without masks, and with
         masks at most folder.labelled that train and as many that validate.
     """
-    options = settings.folder
+    options, plan = settings.folder, store.plan
     slices = chosen_slices(options, store, intake.cases)
     every = [(case.name, k) for case in intake.cases for k in slices[case.name]]
     with_mask = {(case.name, k) for case in intake.labelled for k in drawn_images(store, case.name, slices[case.name])}

@@ -15,6 +15,7 @@ from lib import DataError
 from lib.cohorts.reading import on_canvas, read_grid
 from lib.models import LEVELS, strides_of
 
+KINDS = "volumes", "slices"  # what a network sees; the settings are in params.SPACES
 STEP = 2 ** (LEVELS - 1)  # sides of a canvas of slices are multiples of it
 SHALLOW = 12  # slices; a volume of fewer is better taken slice by slice
 LONG = 3.0  # times the pixels' side; where slices lie further apart they have little to say of one another (nnU-Net's)
@@ -26,7 +27,7 @@ HELD = 95  # per cent of the scans that the canvas holds whole; of larger ones t
 class Plan(NamedTuple):
     """See above. Slices along ``axis`` come first in every array, also in volumes."""
 
-    space: str  # slices or volumes
+    space: str  # of KINDS
     axis: int  # of the canonical array
     spacing: tuple  # mm between the pixels of (rows, columns), or the voxels of (slices, rows, columns)
     canvas: tuple  # sides in pixels or voxels
@@ -115,18 +116,18 @@ def placed(images, sides):
     return on_canvas(images, (len(images), *sides))
 
 
-def plan_of(settings, cases):
-    """The Plan for a folder of scans.
+def plans_of(settings, cases):
+    """The Plans for a folder of scans.
 
     Args:
         settings: section ``folder`` of params.yaml.
         cases: list of folder.Case.
 
     Returns:
-        Plan.
+        List of one Plan, or of two, volumes first, where networks of both kinds give a mask together.
 
     Raises:
-        DataError: no case can be read, or volumes are asked for and there are none.
+        DataError: no case can be read, volumes are asked for and there are none, or both and not of all slices.
     """
     grids = []
     for case in cases:
@@ -142,11 +143,15 @@ def plan_of(settings, cases):
     extents = np.array([np.multiply(grid.slices, grid.spacing) for grid, _ in grids])
     held = np.percentile(extents, HELD, axis=0, method="higher")  # mm
     volumes = plan_volumes(spacing, held, axis, settings.voxels)
-    if settings.space == "volumes" and all(grid.slices[0] == 1 for grid, _ in grids):
+    slices = plan_slices(spacing, held, axis, settings.size)
+    if settings.space in ("volumes", "both") and all(grid.slices[0] == 1 for grid, _ in grids):
         raise DataError(f"{settings.images} holds single slices: set folder.space to slices or auto")
-    if settings.space == "volumes" or settings.space == "auto" and worth(volumes, spacing, labelled, settings):
-        return volumes
-    return plan_slices(spacing, held, axis, settings.size)
+    if settings.space == "both" and settings.slices != "all":
+        raise DataError("folder.space=both segments whole volumes: set folder.slices to all, or folder.space to slices")
+    space = settings.space
+    if space == "auto":
+        space = "volumes" if worth(volumes, spacing, labelled, settings) else "slices"
+    return {"volumes": [volumes], "slices": [slices], "both": [volumes, slices]}[space]
 
 
 def majority(values):

@@ -16,10 +16,11 @@ class Store:
 
     Args:
         folder: where the store lies; made if need be.
+        plan: planning.Plan by which the images are made; whoever only reads them needs none.
     """
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, folder, plan=None):
+        self.folder, self.plan = Path(folder), plan
         self.folder.mkdir(parents=True, exist_ok=True)
         self.index = read_lines(self.folder / "index.jsonl", "name")
 
@@ -82,6 +83,11 @@ class Store:
             return None
         shape = entry["shape"] if key == "image" else [entry["shape"][0], *entry["shape"][2:]]
         return np.memmap(self.folder / file, kind, "r", entry[key], tuple(shape))
+
+
+def images_of(stores, name, positions):
+    """A case's images in every store, those at ``positions``, one array for every store."""
+    return [store.images(name)[at] for store, at in zip(stores, positions)]
 
 
 def checksum(*arrays):
