@@ -94,8 +94,8 @@ def measure(folder, model_file, count):
     return (read - began) / cases, (times[-1] - times[0]) / cases, np.diff(times), peak
 
 
-def handing_out(count):
-    """Seconds that Dask takes to give one case to a worker and its row back, with nothing to be done."""
+def handing_out(count, size):
+    """Seconds that Dask takes to give ``size`` cases to a worker and their rows back, with nothing to be done."""
     settings = params.load("strong", "folder")
     with (
         tempfile.TemporaryDirectory() as output,
@@ -105,21 +105,24 @@ def handing_out(count):
         client.wait_for_workers(2)
         [*cluster.mapped(client, bool, range(100))]
         began = time.perf_counter()
-        [*cluster.mapped(client, bool, range(count))]
-        return (time.perf_counter() - began) / count
+        [*cluster.mapped(client, bool, range(count), size=size)]
+        return (time.perf_counter() - began) / (count / size)
 
 
 def simulate(takes, handing, workers):
-    """Seconds until MANY cases are done: they are handed out one after another, each to the worker that is free first.
+    """Seconds until MANY cases are done: pieces go out one after another, each to the worker that is free first.
 
     Args:
         takes: seconds that cases have taken; the simulation goes through them again and again.
-        handing: seconds to hand one out, during which no other is.
+        handing: seconds to hand a piece out, by its number of cases, 1 or TOGETHER; during it no other is.
     """
+    size = cluster.together(MANY, workers)
+    share = (size - 1) / (cluster.TOGETHER - 1)
+    each = handing[1] * (1 - share) + handing[cluster.TOGETHER] * share
     free, now = [0.0] * workers, 0.0
-    for k in range(MANY):
-        now = max(now + handing, free[0])
-        heapq.heapreplace(free, now + takes[k % len(takes)])
+    for first in range(0, MANY, size):
+        now = max(now + each, free[0])
+        heapq.heapreplace(free, now + sum(takes[k % len(takes)] for k in range(first, min(first + size, MANY))))
     return max(free)
 
 
@@ -138,7 +141,7 @@ def main():
             rows.append({"workers": number, "read_ms": 1e3 * reading, "segment_ms": 1e3 * segmenting, "peak_mb": peak})
             if number == 1:
                 takes_of_one = takes
-    handing = handing_out(count)
+    handing = {size: handing_out(count, size) for size in (1, cluster.TOGETHER)}
     alone = simulate(takes_of_one, handing, 1)
     curve = [
         {
@@ -152,7 +155,9 @@ def main():
         "cases": count,
         "runs": rows,
         "speed_up": measured[1] / measured[2],
-        "handing_out_ms": 1e3 * handing,
+        "handing_out_ms": 1e3 * handing[1],
+        "together": cluster.TOGETHER,
+        "handing_out_together_ms": 1e3 * handing[cluster.TOGETHER],
         "simulated_cases": MANY,
         "simulated": curve,
     }

@@ -201,4 +201,13 @@ def test_work_comes_back_in_order_and_little_is_given_out_at_a_time(settings):
         )
         assert next(found) == "0a" and len(asked) == cluster.AHEAD
         assert [*found] == [f"{k}{letter}" for k, letter in zip(*lists)][1:]
+        together = cluster.mapped(client, pow, range(20), (asked.append(k) or 2 for k in range(20)), size=3)
+        asked.clear()
+        assert next(together) == 0 and len(asked) == 3 * cluster.AHEAD
+        assert [*together] == [k**2 for k in range(1, 20)]
     assert [*cluster.mapped(None, pow, [2, 3], [3, 2])] == [8, 9]
+
+
+def test_small_items_are_handed_out_together_unless_workers_would_run_out_of_them():
+    assert cluster.together(100_000, 2) == cluster.TOGETHER and cluster.together(100_000, 1000) == 12
+    assert cluster.together(30, 2) == 1 and cluster.together(0, 1) == 1

@@ -14,12 +14,15 @@ import time
 from collections import deque
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from itertools import islice
 
 from lib import DataError
 from lib.runs.params import ROOT, work_folder
 
 SHARED = "JOINT_"  # environment variables that begin so hold on every worker as they do here
 AHEAD = 4  # pieces of work
+TOGETHER = 16  # small items that are one piece of work, at most: handing out a piece takes milliseconds,
+SHARES = 8  # and at least so many pieces a worker, so that all of them end at about the same time
 LOSSES = 30  # workers that may die under a piece of work before it is given up: nodes are drained, and jobs run out
 SECONDS_BETWEEN_LOOKS = 2
 PATIENCE = 1800  # seconds for which a scheduler that is gone is waited for
@@ -117,13 +120,24 @@ def threads_of(settings, workers):
     return settings.grid.threads or cores or max(1, (os.cpu_count() or 1) // workers)
 
 
-def mapped(client, work, *lists):
+def together(count, workers):
+    """How many of ``count`` small items are one piece of work."""
+    return max(1, min(TOGETHER, count // (SHARES * workers)))
+
+
+def several(work, items):
+    """What ``work`` gives for every one of ``items``, which are tuples of its arguments."""
+    return [work(*item) for item in items]
+
+
+def mapped(client, work, *lists, size=1):
     """What ``work`` gives for the items of the lists, in their order.
 
     At most AHEAD pieces of work a worker are given out at a time: what has been done need not lie in memory.
 
     Args:
         client: of ``connect``; None does the work here.
+        size: items that are one piece of work.
 
     Raises:
         DataError: the scheduler is gone.
@@ -133,12 +147,13 @@ def mapped(client, work, *lists):
         return
     waiting = deque()
     try:
-        for items in zip(*lists):
-            waiting.append(client.submit(work, *items, pure=False))
+        every = zip(*lists)
+        while items := tuple(islice(every, size)):
+            waiting.append(client.submit(several, work, items, pure=False))
             while len(waiting) >= AHEAD * max(1, len(client.nthreads())):
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
     except CancelledError as error:
         raise DataError("the scheduler is gone: what is finished is kept, and the same command goes on") from error
 

@@ -111,4 +111,5 @@ def segmented(settings, stores, output, cases, client=None):
         max(1, (os.cpu_count() or 1) // options.workers) if shared else 0,
         time.time_ns(),
     )
-    return cluster.mapped(client, partial(segment_case, job), *([*part] for part in zip(*cases)))
+    size = cluster.together(len(cases), max(1, options.workers, len(client.nthreads()))) if client else 1
+    return cluster.mapped(client, partial(segment_case, job), *([*part] for part in zip(*cases)), size=size)
