@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd
 
 from lib.results.tables import as_markdown
-from lib.runs import params
+from lib.runs import cluster, params
+from lib.scans.cases import SMALL
 from lib.scans.progress import TRAINED
 
 RESULTS = params.output_root() / "results"
@@ -38,6 +39,14 @@ def seconds_an_image(kind, bench, steps, name, image):
     return fastest["ms"] / 1e3 / fastest["batch"]
 
 
+def handing_out(throughput, images, pixels, workers):
+    """Seconds that the scheduler takes to hand out an image; several small ones go out as one piece."""
+    size = max(1, min(cluster.together(images, workers), SMALL // pixels))
+    share = (size - 1) / (throughput["together"] - 1)
+    each = throughput["handing_out_ms"] * (1 - share) + throughput["handing_out_together_ms"] * share
+    return each / 1e3 / size
+
+
 def reckon(bench, steps, throughput, views):
     """Rows of the table.
 
@@ -52,7 +61,7 @@ def reckon(bench, steps, throughput, views):
             one = seconds_an_image(kind, bench, steps, name, image)
             # Training is one process on one GPU, or on the cores of one node: more would need data-parallel training.
             trained = one * training * batch / (min(count, CORES) if kind == "CPU" else 1)
-            handed = 0 if machine in ALONE else throughput["handing_out_ms"] / 1e3 * images  # one after another
+            handed = 0 if machine in ALONE else images * handing_out(throughput, images, pixels, count)
             segmented = max(handed, images * views * one / TRAINED / count)
             hours = (trained + segmented) / 3600
             rows.append(

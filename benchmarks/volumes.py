@@ -88,9 +88,9 @@ def by_ants(fuse):
 WAYS = {
     "make segment": by_segment(),
     "make segment, joint+": by_segment("folder.method=joint+"),
-    "make segment, both": by_segment("folder.space=both"),
-    "make segment, both, joint+": by_segment("folder.space=both", "folder.method=joint+"),
     "make segment, slices": by_segment("folder.space=slices", "folder.size=64"),
+    "make segment, volumes": by_segment("folder.space=volumes"),
+    "make segment, volumes, joint+": by_segment("folder.space=volumes", "folder.method=joint+"),
     "ANTs SyN, majority vote": by_ants(ants.majority),
     "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),
 }
@@ -161,7 +161,7 @@ def main():
                 table = pd.concat([table, pd.DataFrame([row])]).drop_duplicates(own, keep="last").sort_values(own[1:])
                 table.round(4).to_csv(results / "own.csv", index=False)
                 print(row, flush=True)
-    (results / "own.md").write_text(as_markdown(table.round(3).to_dict("records")))
+    (results / "own.md").write_text(as_markdown(table.round(3).fillna("").to_dict("records")))
 
 
 if __name__ == "__main__":

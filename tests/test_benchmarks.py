@@ -59,7 +59,9 @@ def test_what_many_images_cost_grows_with_them_until_the_scheduler_is_the_limit(
     steps = pd.DataFrame(
         [{**row, "image": image, "ms": ms} for image in ("256 x 256", "48 x 48 x 64") for ms in (9, 7)]
     )
-    table = scale.reckon(bench, steps, {"handing_out_ms": 1}, views=5).set_index(["images", "machine"])
+    table = scale.reckon(
+        bench, steps, {"handing_out_ms": 8, "handing_out_together_ms": 23, "together": 16}, views=5
+    ).set_index(["images", "machine"])
     slices, volumes = scale.WORK
     two, nodes, gpus = (table.loc[slices, machine] for machine in ("2 CPU cores", "100 CPU nodes", "64 GPUs"))
     assert two["training_hours"] == pytest.approx(0.1 * 30_000 * 16 / 3600)
@@ -68,5 +70,5 @@ def test_what_many_images_cost_grows_with_them_until_the_scheduler_is_the_limit(
     assert gpus["training_hours"] == pytest.approx(7e-4 * 30_000 * 16 / 3600)
     assert table.loc[slices, "1 GPU"]["bound"] == "networks"
     assert two["bound"] == "networks" and gpus["bound"] == "scheduler"
-    assert gpus["segmenting_hours"] == pytest.approx(1e6 * 1e-3 / 3600)
+    assert gpus["segmenting_hours"] == pytest.approx(1e6 * 15e-3 / 8 / 3600)  # eight fit a piece, in 15 ms
     assert two["store_gb"] == pytest.approx(131.072) and two["dollars"] > table.loc[volumes, "2 CPU cores"]["dollars"]

@@ -125,9 +125,10 @@ def test_the_loss_leaves_out_what_is_not_drawn(tmp_path, monkeypatch):
     assert float(lesson.loss(wrong, torch.cat((truth, torch.ones_like(drawn)), 1))) > 0.5
 
 
-@pytest.mark.parametrize("space", ["slices", "volumes"])
+@pytest.mark.parametrize("space", ["slices", "volumes", "both"])
 def test_a_folder_of_partly_drawn_volumes_is_segmented_and_scored_where_it_is_drawn(tmp_path, monkeypatch, space):
-    settings, *_ = partly(tmp_path, monkeypatch, slices=16, space=space)
+    settings, *_ = partly(tmp_path, monkeypatch, slices=16, space="slices")
+    settings.folder |= {"space": space}
     monkeypatch.delenv("JOINT_OUTPUT")
     settings.strong.training |= {"steps": 4}
     table = own.segment_folder(settings).set_index("case")

@@ -218,6 +218,11 @@ def test_neighbours_are_found_without_masks_and_controls_leave_out_what_they_are
     assert (subjects[pool[random.sources]] != own).all() and not torch.equal(random.sources, found.sources)
 
 
+def test_a_control_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="joint_plus.control 'force' in params.yaml is not one of none, random"):
+        params.load("strong", changes=["strong.joint_plus.control=force"])
+
+
 def test_labelled_images_hand_on_their_true_masks_and_the_network_keeps_a_part_of_its_own(trial):
     data, options = trial.data, trial.settings.strong.joint_plus
     network = trial.segmentation_network()

@@ -82,8 +82,12 @@ def test_both_are_volumes_and_slices_of_the_same_scans(tmp_path, monkeypatch):
     found = plans_of(settings.folder, cases)
     alone = [plans_of(params.Section({**settings.folder, "space": space}), cases) for space in KINDS]
     assert found == sum(alone, []) and [plan.space for plan in found] == [*KINDS]
-    with pytest.raises(DataError, match="folder.space=both segments whole volumes: set folder.slices to all"):
-        plans_of(params.Section({**settings.folder, "slices": [2, 5]}), cases)
+    several = folder_of(tmp_path / "several", [((32, 24, 20), (1, 1, 2))] * 5, drawn=5)
+    for count, expected in (5, found), (4, alone[0]):
+        options = settings_for(several, monkeypatch).folder
+        cases = find_cases(options.images, options.masks)
+        drawn = [case._replace(mask=case.mask if k < count else None) for k, case in enumerate(cases)]
+        assert [plan.space for plan in plans_of(options, drawn)] == [plan.space for plan in expected]
 
 
 def test_the_mask_of_two_networks_is_the_mean_of_theirs_slice_by_slice():
@@ -97,22 +101,35 @@ def test_the_mask_of_two_networks_is_the_mean_of_theirs_slice_by_slice():
     images = [plan.images(stack, grid)[:, None] for plan in plans]
     numerics = Numerics("cpu", "float32").sharing(1 / 24)  # eleven slices at a time, which FEW does not divide
     assert FEW % numerics.batch(images[1])
+    mean = Confidence()
     by = lambda *which: list(
         masks_of(
             Model([networks[k] for k in which], {**about, "plans": [planned[k] for k in which]}),
             [images[k] for k in which],
             grid,
             numerics,
+            mean,
         )
     )
     both = by(0, 1)
     assert [len(part) for part in both] == [16, 16, 3] and torch.cat(both).shape == (35, 2, 24, 20)
-    assert torch.allclose(torch.cat(both), (torch.cat(by(0)) + torch.cat(by(1))) / 2, atol=1e-6)
-    mean = Confidence()
-    for part in both:
-        mean.add(part)
     whole = mean_confidence(torch.cat(both).movedim(0, 1)[None])
     assert mean.mean == pytest.approx(float(whole), abs=1e-5)
+    assert torch.allclose(torch.cat(both), (torch.cat(by(0)) + torch.cat(by(1))) / 2, atol=1e-6)
+
+
+def test_confidence_of_one_network_is_that_of_its_own_pixels():
+    """On the finer grid of the scan edges are smoother, on which calibration knows nothing."""
+    plan = Plan("slices", 2, (4.0, 4.0), (16, 16))
+    network = ResidualUNet(1, "instance", 2, plan.strides).eval()
+    network.segment = lambda images: (images > 0.5).float()
+    about = {"pseudo_masks": {"n": 1, "rotation": 0, "shift": 0, "contrast": 0}, "symmetric": False, "axis": 2}
+    about |= {"plans": [{"space": "slices", "spacing": [4.0, 4.0], "canvas": [16, 16]}]}
+    images = np.zeros((3, 1, 16, 16), np.float32)
+    images[..., 4:9, 6:10] = 1
+    mean, grid = Confidence(), SimpleNamespace(slices=(3, 64, 64), spacing=(2.0, 1.0, 1.0))
+    (masks,) = masks_of(Model([network], about), [images], grid, Numerics("cpu", "float32"), mean)
+    assert mean.mean == 1 and masks.shape == (3, 1, 64, 64) and ((masks > 0.1) & (masks < 0.9)).any()
 
 
 def test_a_single_slice_among_volumes_is_left_out_and_named(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 from test_own import SLICES, settings_for
 
-from lib.scans.networks.training import fold_settings
+from lib.scans.networks.training import fold_settings, seen_by
 from lib.scans.progress import PIXEL, SEGMENTING, Progress, network_name, parts_of
 from lib.scans.reading.planning import Plan
 
@@ -13,9 +13,10 @@ POSITIONS = {"a": 30, "b": 30, "c": 10}  # slices
 
 def parts_for(tmp_path, monkeypatch, folds, plans=(SLICES,), **options):
     settings = settings_for(tmp_path, monkeypatch, **options)
-    trainings = [[fold_settings(settings, plan, k).strong.training for plan in plans] for k in range(len(folds))]
+    each = [seen_by(k, plans) for k in range(max(1, len(folds)))]
+    trainings = [[fold_settings(settings, plan, k).strong.training for plan in each[k]] for k in range(len(folds))]
     seen = lambda count: [range(count if plan is SLICES else 1) for plan in plans]
-    return parts_of(settings, plans, trainings, folds, {name: seen(count) for name, count in POSITIONS.items()})
+    return parts_of(settings, each, trainings, folds, {name: seen(count) for name, count in POSITIONS.items()})
 
 
 def test_parts_are_networks_and_segmentation_and_take_what_they_do(tmp_path, monkeypatch):
@@ -33,8 +34,11 @@ def test_parts_are_networks_and_segmentation_and_take_what_they_do(tmp_path, mon
 
 def test_volumes_and_slices_are_two_networks_that_both_segment(tmp_path, monkeypatch):
     plans = VOLUMES, SLICES
-    parts = parts_for(tmp_path, monkeypatch, [()], plans)
+    parts = parts_for(tmp_path, monkeypatch, [(), ("a",)], plans)
     assert list(parts)[:2] == ["network of volumes", "network of slices"]
+    alone = parts_for(tmp_path, monkeypatch, [(), ("a",)])  # quick networks see slices
+    quick = "quick network 1", "cases held out from quick network 1"
+    assert list(parts)[3:5] == [*quick] and all(parts[name] == alone[name] for name in quick)
     assert parts[SEGMENTING] == parts_for(tmp_path, monkeypatch, [])[SEGMENTING] + 2 * 3 * 8**3
     longer = parts_for(tmp_path, monkeypatch, [()], plans, method="joint+")  # volumes are registered, and they alone
     assert longer["network of volumes"] > parts["network of volumes"]

@@ -18,6 +18,7 @@ CHOICES = {
     "precision": ("auto", "bfloat16", "float32"),
 }
 OWN_METHODS = ("fs+elastic", "bcp", "joint+")  # that may segment a user's own scans
+CONTROLS = ("none", "random", "unmoved", "forced", "teacher")  # of joint+, see neighbours.find_neighbours
 SPACES = ("auto", "slices", "volumes", "both")  # how they are seen
 SMALLEST = 16  # pixels, the side of slices in which there is anything to see after four halvings
 MIXED = ("slices", "drawn")  # settings that may be a word, or a list or a number
@@ -131,6 +132,11 @@ def load(recipe=None, cohort=None, rate=None, seed=None, variant=None, changes=(
         tree[name] = merge(tree.get(name, {}), budget, new_keys=True)
         by_recipe = {recipe: tree[name].pop(recipe, {}) for recipe in RECIPES}
         tree[name].update(by_recipe[tree.recipe])
+    if tree.strong.joint_plus.control not in CONTROLS:
+        raise ValueError(
+            f"strong.joint_plus.control '{tree.strong.joint_plus.control}' in params.yaml is not one of "
+            f"{', '.join(CONTROLS)}"
+        )
     by_cohort = {name: tree.strong.pop(name, {}) for name in CHOICES["cohort"]}
     tree["strong"] = merge(tree.strong, by_cohort[tree.cohort], "params.yaml: strong")
     variants = tree.pop("variants")

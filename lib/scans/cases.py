@@ -1,5 +1,6 @@
 """Cases segmented by a finished model, one after another here, or many at a time on workers, see runs.cluster."""
 
+import math
 import os
 import time
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from lib.scans.networks.model_file import load_model
 from lib.scans.reading.folder import is_others
 from lib.scans.reading.intake import digest
 from lib.scans.reading.store import Store, images_of
+
+SMALL = 2**19  # pixels that are handed to a worker at a time, some seconds of work: large cases go one by one
 
 
 class Job(NamedTuple):
@@ -111,5 +114,11 @@ def segmented(settings, stores, output, cases, client=None):
         max(1, (os.cpu_count() or 1) // options.workers) if shared else 0,
         time.time_ns(),
     )
-    size = cluster.together(len(cases), max(1, options.workers, len(client.nthreads()))) if client else 1
-    return cluster.mapped(client, partial(segment_case, job), *([*part] for part in zip(*cases)), size=size)
+    size = 1
+    if client and cases:
+        pixels = lambda name, positions: sum(
+            len(at) * math.prod(store.index[name]["shape"][1:]) for store, at in zip(stores, positions)
+        )
+        largest = max(pixels(case.name, positions) for case, positions in cases)
+        size = min(cluster.together(len(cases), max(1, options.workers, len(client.nthreads()))), SMALL // largest)
+    return cluster.mapped(client, partial(segment_case, job), *([*part] for part in zip(*cases)), size=max(1, size))

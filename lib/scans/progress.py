@@ -8,7 +8,7 @@ from tqdm import tqdm
 TRAINED = (
     3.5  # times as long as segmenting an image takes training on it: backward pass, averaged network, augmentation
 )
-PIXEL = 2  # times as long as a voxel takes a pixel of a slice: networks of slices have more channels
+PIXEL = 2  # times as long as a voxel of a volume takes a pixel of a slice, whose network has more channels
 REGISTERED = 0.7  # of a joint+ training goes to its registration as well
 FORMAT = "all: {percentage:3.0f} %|{bar:30}| {elapsed} passed, {remaining} left; {desc}"
 SEGMENTING = "segmenting"
@@ -60,9 +60,9 @@ def case_takes(settings, plans, positions, measured=False):
     return images * settings.pseudo_masks.n * (1 + settings.folder.degraded_views * measured)
 
 
-def network_name(number, plan, plans):
-    """What the display calls a network; ``plan``: its own, of ``plans``."""
-    return (f"quick network {number}" if number else "network") + f" of {plan.space}" * (len(plans) > 1)
+def network_name(number, plan, together):
+    """What the display calls a network; ``plan``: its own; ``together``: plans of those whose mean is the mask."""
+    return (f"quick network {number}" if number else "network") + f" of {plan.space}" * (len(together) > 1)
 
 
 def measuring_name(number):
@@ -75,15 +75,16 @@ def parts_of(settings, plans, trainings, folds, chosen):
 
     Args:
         settings: as params.load gives them.
-        plans: list of planning.Plan.
-        trainings: of every fold, the first that of the model itself, settings of the training for every plan.
+        plans: planning.Plan of every network, for every fold; the first fold is that of the model itself.
+        trainings: settings of their training, likewise.
         folds: names of the cases that are held out from every one.
         chosen: dictionary of case to the positions of its images that are segmented, see intake.chosen_images.
     """
     parts = {}
-    for number, (each, names) in enumerate(zip(trainings, folds)):
-        for k, (training, plan) in enumerate(zip(each, plans)):
+    for number, (trained, seen, names) in enumerate(zip(trainings, plans, folds)):
+        for k, (training, plan) in enumerate(zip(trained, seen)):
             registered = REGISTERED * (settings.folder.method == "joint+" and number == k == 0)
-            parts[network_name(number, plan, plans)] = training.steps * step_takes(training, plan) * (1 + registered)
-        parts[measuring_name(number)] = sum(case_takes(settings, plans, chosen[name], measured=True) for name in names)
-    return {**parts, SEGMENTING: sum(case_takes(settings, plans, positions) for positions in chosen.values())}
+            parts[network_name(number, plan, seen)] = training.steps * step_takes(training, plan) * (1 + registered)
+        measured = (case_takes(settings, seen, chosen[name][-len(seen) :], measured=True) for name in names)
+        parts[measuring_name(number)] = sum(measured)
+    return {**parts, SEGMENTING: sum(case_takes(settings, plans[0], positions) for positions in chosen.values())}

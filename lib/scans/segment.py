@@ -16,7 +16,7 @@ from lib.runs.versions import NUMERICS, PREDICTED_DSC, STRONG, fingerprint
 from lib.scans.cases import digests, files_of, segmented, workers
 from lib.scans.drawing_next import draw_next
 from lib.scans.networks.model_file import load_model, save_model
-from lib.scans.networks.training import fold_settings, train
+from lib.scans.networks.training import fold_settings, seen_by, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
 from lib.scans.reading.folder import find_cases
 from lib.scans.reading.intake import chosen_images, folds_of, subjects_of, take_in
@@ -74,6 +74,11 @@ def segment_folder(settings):
             options["channels"] = [] if model.about["channels"] == [""] else model.about["channels"]
         found = find_cases(options.images, options.masks or None, options.pattern, options.channels)
         plans = model.plans if model else plans_of(options, found)
+        if plans[0].space == "volumes" and options.slices != "all":
+            raise DataError(
+                f"folder.slices is {options.slices}, but whole volumes are seen: set it to all, or folder.space to "
+                "slices" + ", and train a model on them" * (model is not None)
+            )
         tqdm.write(f"{' and '.join(plan.title for plan in plans)}; folder.space says otherwise")
         stores = [Store(output / "work" / "scans" / plan.space, plan) for plan in plans]
         client = stack.enter_context(workers(settings, len(found)))
@@ -96,8 +101,8 @@ def what_is_to_do(settings, stores, intake, model):
     """Parts of a run for progress.Progress; ``model``: the one that is given, if any."""
     subjects = subjects_of([case.name for case in intake.labelled], settings.folder.subject)
     folds = [] if model else folds_of(subjects, settings.seed)
-    plans = [store.plan for store in stores]
-    trainings = [[fold_settings(settings, plan, k).strong.training for plan in plans] for k in range(len(folds))]
+    plans = [[store.plan for store in seen_by(k, stores)] for k in range(max(1, len(folds)))]
+    trainings = [[fold_settings(settings, plan, k).strong.training for plan in plans[k]] for k in range(len(folds))]
     return parts_of(settings, plans, trainings, folds, chosen_images(settings.folder, stores, intake.cases))
 
 

@@ -6,9 +6,9 @@
 3. The network goes on by copy-paste, with the fused masks in place of its own.
 
 So joint+ without the second step is BCP that goes on from its own masks, and the difference is what fusion is worth.
-What registration adds to fusion is the difference from neighbours that are not registered (setting ``control``). P1's
-joint training is its ancestor: there too both networks make the pseudo-masks that the segmentation goes on from, but
-only labelled images are warped.
+What registration adds to fusion is the difference from neighbours that are not registered and fused all the same
+(setting ``control``: forced). P1's joint training is its ancestor: there too both networks make the pseudo-masks that
+the segmentation goes on from, but only labelled images are warped.
 """
 
 import torch

@@ -25,13 +25,13 @@ class Space(NamedTuple):
 
 
 class Confidence:
-    """Mean confidence of a case, see pseudo_masks.mean_confidence, of masks that come a few slices at a time."""
+    """Mean confidence of a case, see pseudo_masks.mean_confidence, of masks that come piece by piece."""
 
     def __init__(self):
         self.total = self.count = 0.0
 
     def add(self, masks):
-        """Count in masks ``(slices, classes, rows, columns)``."""
+        """Count in masks ``(n, classes, *space)``."""
         total, count = confidence_sums(masks)
         self.total += float(total.sum())
         self.count += float(count.sum())
@@ -74,7 +74,7 @@ def through_windows(look, images, canvas):
     return sliding_window_inference(images, canvas, 1, look, overlap=0.5, mode="gaussian")
 
 
-def masks_of(model, images, grid, numerics):
+def masks_of(model, images, grid, numerics, confidence):
     """Probabilities of a case on its own grid: the mean over the model's networks.
 
     Args:
@@ -82,18 +82,28 @@ def masks_of(model, images, grid, numerics):
         images: of every plan, those that are segmented: arrays ``(n, channels, *space)`` in [0, 1].
         grid: folder.Grid of the image, or a Space.
         numerics: compute.Numerics.
+        confidence: Confidence, which is told of the masks: of one network's as it gives them, since on a finer grid
+            their edges are smoother; of several networks' mean on the case's grid.
 
     Yields:
-        Tensors ``(FEW, classes, rows, columns)``, slices one after another.
+        Tensors ``(at most FEW, classes, rows, columns)``, slices one after another.
     """
+    alone = len(model.networks) == 1
 
     def by(network, plan, seen):
         for soft in soft_masks(network, plan, model.about, seen, numerics):
+            if alone:
+                confidence.add(soft)
             yield from plan.restored(soft, grid, FEW)
 
-    each = (few_at_a_time(by(*own)) for own in zip(model.networks, model.plans, images))
+    each = [few_at_a_time(by(*own)) for own in zip(model.networks, model.plans, images)]
+    if alone:
+        yield from each[0]
+        return
     for masks in zip(*each, strict=True):
-        yield torch.stack(masks).mean(dim=0)
+        mean = torch.stack(masks).mean(dim=0)
+        confidence.add(mean)
+        yield mean
 
 
 def few_at_a_time(parts):
@@ -122,12 +132,11 @@ def segment(model, images, planes, grid, numerics):
     labels, confidence = np.zeros(grid.slices, np.uint8), np.zeros(grid.slices, np.float32)
     values = np.array([0, *model.about["values"]], np.uint8)
     mean = Confidence()
-    for k, masks in enumerate(masks_of(model, images, grid, numerics)):
+    for k, masks in enumerate(masks_of(model, images, grid, numerics, mean)):
         at = planes[k * FEW : (k + 1) * FEW]
         labels[at] = values[to_labels(masks).cpu().numpy()]
         every = torch.cat((1 - masks.sum(dim=1, keepdim=True), masks), dim=1)
         confidence[at] = every.amax(dim=1).clamp(0, 1).cpu().numpy().round(3)
-        mean.add(masks)
     return labels, confidence, mean.mean
 
 

@@ -1,6 +1,7 @@
 """Training on a folder of scans: a network by the method that ``folder.method`` names, and what its confidence means.
 
-Where both volumes and slices are seen, there are two networks, and their mean is the mask; all below holds for each.
+Where both volumes and slices are seen, there are two networks, and their mean is the mask. Quick networks see slices
+alone then, to save time.
 Below ten labelled subjects no mask is held out from the network: all train it. What its confidence means is learnt from
 two quick networks, each of half of the labelled subjects, which segment the other half. From ten subjects on a fifth is
 held out from the network itself. A single one cannot be held out.
@@ -84,25 +85,32 @@ def train(settings, stores, intake, progress):
     }
     subjects = subjects_of([case.name for case in intake.labelled], options.subject)
     number_of = {name: number for number, names in enumerate(subjects.values()) for name in names}
-    models, held, pairs, keys = [], [], [], []
+    used, held, pairs, keys = [], [], [], []
     for number, names in enumerate(folds_of(subjects, settings.seed)):
-        networks = []
-        for store in stores:
-            with progress.part(network_name(number, store.plan, plans)) as done:
+        networks, seen = [], seen_by(number, stores)
+        for store in seen:
+            with progress.part(network_name(number, store.plan, seen)) as done:
                 train_one = lambda divisor: train_fold(settings, stores, store, intake, number, names, done, divisor)
                 network, numerics, key = with_less_memory(train_one, "training")
                 networks.append(network.eval())
                 keys.append(key)
-        models.append(Model(networks, about))
+        model = Model(networks, {**about, "plans": seen_by(number, about["plans"])})
+        used = used or networks
         with progress.part(measuring_name(number)) as done:
             for case in (case for case in intake.labelled if case.name in names):
-                scores, found = measure(models[-1], case, stores, chosen[case.name], settings, numerics)
+                positions = seen_by(number, chosen[case.name])
+                scores, found = measure(model, case, seen, positions, settings, numerics)
                 held.append(scores)
                 pairs.extend([number_of[case.name], *pair] for pair in found)
-                done(case_takes(settings, plans, chosen[case.name], measured=True))
+                done(case_takes(settings, seen_by(number, plans), positions, measured=True))
     columns = ["case", "class", "dsc", "hd", "hd95"]
     table = pd.concat(held)[columns] if held else pd.DataFrame(columns=columns)
-    return Model(models[0].networks, {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
+    return Model(used, {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
+
+
+def seen_by(number, kinds):
+    """Those of ``kinds``, a list with one part for every plan, that the networks of a fold see."""
+    return kinds[-1:] if number else kinds
 
 
 def measure(model, case, stores, positions, settings, numerics):
@@ -123,7 +131,7 @@ def train_fold(settings, stores, store, intake, number, held_out, done, divisor=
     """A network, with the device it is on and the fingerprint of what it was trained on.
 
     Args:
-        store: of ``stores``, of the images that it sees.
+        store: the one of ``stores`` that has the images it sees.
         number, held_out: which it is, and the names of the labelled cases that do not train. All but the first are
             quick: they are trained by the labelled images alone, for a part of the steps.
         done: of progress.Progress.part.
@@ -209,10 +217,11 @@ def degraded_pairs(model, case, stores, positions, settings, numerics):
         if drawn is not None:
             truth, counts = truth[:, :-1], truth[:, -1:]
         truth, counts = stack(truth), counts if drawn is None else stack(counts)
-        channels = stack(seen).movedim(1, 0).cpu().numpy()
-        others = [np.stack([other.images(part, space) for part in channels], axis=1) for other in model.plans[1:]]
-        soft, mean = torch.cat(list(masks_of(model, [seen, *others], space, numerics))), Confidence()
-        mean.add(soft)
+        others, mean = [], Confidence()
+        for other in model.plans[1:]:
+            channels = stack(seen).movedim(1, 0).cpu().numpy()
+            others.append(np.stack([other.images(part, space) for part in channels], axis=1))
+        soft = torch.cat(list(masks_of(model, [seen, *others], space, numerics, mean)))
         pair = [(part * counts).movedim(0, 1)[None] for part in (soft, truth)]
         pairs.append([mean.mean, float(dice(*pair).mean())])
     return pairs

@@ -77,7 +77,8 @@ def read_in(settings, plans, allowed, case, known):
         if labels is not None:
             labels, drawn, taken = drawn_part(labels, settings.drawn, axis)
             more = {"values": np.unique(labels[labels > 0]).tolist(), "taken": taken}
-        channels = [scaled(channel) for channel in channels]
+        for k, channel in enumerate(channels):  # one by one: the originals need not stay
+            channels[k] = scaled(channel)
         contents = []
         for plan in plans:
             images = np.stack([plan.images(channel, grid) for channel in channels], axis=1).astype(np.float16)
@@ -124,7 +125,8 @@ def take_in(settings, found, stores, client=None):
         if not (reading.failure or whole):  # it is spoilt
             reading = read(case, None)
         for store, key, (images, labels, drawn, more) in zip(stores, reading.keys, reading.contents):
-            store.add(case.name, key, images, labels, drawn, **more)
+            if not store.has(case.name, key):
+                store.add(case.name, key, images, labels, drawn, **more)
         failure = reading.failure or unusable(case, settings, stores[0])
         if failure:
             failures[case.name] = failure
@@ -132,7 +134,7 @@ def take_in(settings, found, stores, client=None):
         cases.append(case)
         if case.mask:
             values |= set(stores[0].index[case.name]["values"])
-            if note := next(filter(None, (odd(case, store) for store in stores)), ""):
+            if note := odd(case, stores):
                 notes[case.name] = note
     return Intake(cases, failures, notes, sorted(values))
 
@@ -146,14 +148,15 @@ def unusable(case, settings, store):
     return f"{case.image} has {count} slices, none from {first} to {last}: change folder.slices"
 
 
-def odd(case, store):
+def odd(case, stores):
     """What is odd about the mask of a case, or nothing."""
-    entry, plan = store.index[case.name], store.plan
+    entry = stores[0].index[case.name]
     if not entry["values"]:
         return f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
-    if lost := set(entry["values"]) - set(np.unique(store.labels(case.name)).tolist()):
-        more = "voxels" if plan.space == "volumes" else "size"
-        return f"{case.mask}: label {min(lost)} is too small for {plan.title}: raise folder.{more}"
+    for store in stores:
+        if lost := set(entry["values"]) - set(np.unique(store.labels(case.name)).tolist()):
+            more = "voxels" if store.plan.space == "volumes" else "size"
+            return f"{case.mask}: label {min(lost)} is too small for {store.plan.title}: raise folder.{more}"
     return entry["taken"]
 
 

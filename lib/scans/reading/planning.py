@@ -20,6 +20,7 @@ STEP = 2 ** (LEVELS - 1)  # sides of a canvas of slices are multiples of it
 SHALLOW = 12  # slices; a volume of fewer is better taken slice by slice
 LONG = 3.0  # times the pixels' side; where slices lie further apart they have little to say of one another (nnU-Net's)
 COARSER = 1.25  # times the median spacing: volumes that would have to be made coarser than this are taken by slices
+SEVERAL = 5  # cases with masks, from which slices are seen as well; a network of slices learns too little from one
 ENOUGH = 0.3  # of a pixel; a drawn slice may lie between two of the plan's
 HELD = 95  # per cent of the scans that the canvas holds whole; of larger ones the middle trains, and all is segmented
 
@@ -127,7 +128,7 @@ def plans_of(settings, cases):
         List of one Plan, or of two, volumes first, where networks of both kinds give a mask together.
 
     Raises:
-        DataError: no case can be read, volumes are asked for and there are none, or both and not of all slices.
+        DataError: no case can be read, or volumes are asked for and there are none.
     """
     grids = []
     for case in cases:
@@ -146,11 +147,10 @@ def plans_of(settings, cases):
     slices = plan_slices(spacing, held, axis, settings.size)
     if settings.space in ("volumes", "both") and all(grid.slices[0] == 1 for grid, _ in grids):
         raise DataError(f"{settings.images} holds single slices: set folder.space to slices or auto")
-    if settings.space == "both" and settings.slices != "all":
-        raise DataError("folder.space=both segments whole volumes: set folder.slices to all, or folder.space to slices")
     space = settings.space
     if space == "auto":
-        space = "volumes" if worth(volumes, spacing, labelled, settings) else "slices"
+        space = "both" if sum(drawn for _, drawn in grids) >= SEVERAL else "volumes"
+        space = space if worth(volumes, spacing, labelled, settings) else "slices"
     return {"volumes": [volumes], "slices": [slices], "both": [volumes, slices]}[space]
 
 
