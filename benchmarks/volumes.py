@@ -161,7 +161,7 @@ def main():
                 table = pd.concat([table, pd.DataFrame([row])]).drop_duplicates(own, keep="last").sort_values(own[1:])
                 table.round(4).to_csv(results / "own.csv", index=False)
                 print(row, flush=True)
-    (results / "own.md").write_text(as_markdown(table.round(3).fillna("").to_dict("records")))
+    (results / "own.md").write_text(as_markdown(table.round(3).astype(object).fillna("").to_dict("records")))
 
 
 if __name__ == "__main__":
