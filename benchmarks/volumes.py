@@ -136,7 +136,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ways", nargs="*", default=OURS, help=f"some of: {'; '.join(WAYS)}")
     parser.add_argument("--labelled", type=int, nargs="*", default=[5])
-    parser.add_argument("--draws", type=int, default=1)
+    parser.add_argument("--draws", type=int, nargs="*", default=[1])
     given = parser.parse_args()
     if unknown := set(given.ways) - set(WAYS):
         parser.error(f"{', '.join(unknown)}: not one of {', '.join(WAYS)}")
@@ -144,7 +144,7 @@ def main():
     results.mkdir(parents=True, exist_ok=True)
     table = pd.read_csv(results / "own.csv") if (results / "own.csv").exists() else pd.DataFrame()
     for labelled in given.labelled:
-        for draw in range(1, given.draws + 1):
+        for draw in given.draws:
             for name in given.ways:
                 with tempfile.TemporaryDirectory() as folder:
                     hidden = write_folder(Path(folder), labelled, draw)
