@@ -1,6 +1,6 @@
-import os
+"""A folder of scans from end to end: what comes out, what is kept, what two workers do, what is refused."""
+
 import random
-import resource
 import shutil
 import threading
 import time
@@ -16,18 +16,16 @@ from filelock import FileLock
 
 from lib import DataError
 from lib.cohorts import load_cohort
-from lib.cohorts.volumes import fit_labels
 from lib.compute import Numerics
-from lib.models import ResidualUNet
 from lib.results.evaluation import score
 from lib.runs import cluster, params
 from lib.scans import cases, review
 from lib.scans import segment as own
 from lib.scans.networks import applying
-from lib.scans.networks.model_file import Model, load_model, plans_in, save_model
-from lib.scans.networks.training import fold_settings, measure, score_case
-from lib.scans.reading.folder import Case, find_cases, read_case
-from lib.scans.reading.intake import build, chosen_images, chosen_slices, folds_of, subjects_of, take_in
+from lib.scans.networks.model_file import load_model, save_model
+from lib.scans.networks.training import fold_settings, score_case
+from lib.scans.reading.folder import find_cases, read_case
+from lib.scans.reading.intake import take_in
 from lib.scans.reading.planning import Plan, plans_of
 from lib.scans.reading.store import Store
 
@@ -171,16 +169,6 @@ def test_the_method_that_is_named_trains_and_only_joint_plus_registers(tmp_path,
     assert trained == {stage} | ({"strong"} if method == "joint+" else set())  # of the registration the recipe
 
 
-def test_from_ten_labelled_subjects_on_a_fifth_is_held_out_and_a_single_one_cannot_be():
-    names = [f"c{k}" for k in range(10)]
-    folds = lambda count: folds_of(subjects_of(names[:count], ""), 1)
-    (held_out,) = folds(10)
-    assert len(held_out) == 2
-    held_out, *quick = folds(5)
-    assert held_out == () and sorted(sum(quick, ())) == names[:5] and sorted(map(len, quick)) == [2, 3]
-    assert folds(1) == [()]
-
-
 def test_quick_networks_take_fewer_steps_and_memory_that_is_short_smaller_batches(monkeypatch, tmp_path):
     settings = settings_for(tmp_path, monkeypatch)
     settings.strong.training |= {"steps": 400, "batch": 16}
@@ -188,20 +176,6 @@ def test_quick_networks_take_fewer_steps_and_memory_that_is_short_smaller_batche
     assert quick.strong.training.steps == 100 and quick.folder.unlabelled == 0
     assert small.strong.training.steps == 400 and small.strong.training.batch == 4 and small.registration.batch >= 1
     assert settings.strong.training.batch == 16
-
-
-def test_cases_of_one_subject_are_held_out_together():
-    names = [f"sub-{k:02d}_ses-{n}" for k in range(10) for n in (1, 2)] + ["other"]
-    subjects = subjects_of(names, "(sub-[0-9]+)")
-    assert subjects["sub-03"] == ["sub-03_ses-1", "sub-03_ses-2"]
-    assert len(subjects) == 11 and subjects["other"] == ["other"]
-    (held_out,) = folds_of(subjects, 1)
-    assert all(len({name in held_out for name in members}) == 1 for members in subjects.values()) and len(held_out) >= 2
-    _, *quick = folds_of(subjects_of(names[:4], "(sub-[0-9]+)"), 1)
-    assert sorted(quick) == [tuple(names[:2]), tuple(names[2:4])]
-    for wrong in ("sub-[0-9]+", "(sub"):
-        with pytest.raises(DataError, match="folder.subject .* cannot be used"):
-            subjects_of(names, wrong)
 
 
 def test_worse_views_of_held_out_cases_say_what_low_confidence_means(segmented):
@@ -307,135 +281,6 @@ def test_no_mask_at_all_and_a_second_run_in_the_same_folder_are_errors(tmp_path,
     (folder / "masks" / "case 0.nii.gz").unlink()
     with FileLock(folder / "out" / ".lock"), pytest.raises(DataError, match="another run is at work"):
         own.segment_folder(settings_for(folder, monkeypatch))
-
-
-def test_slices_are_chosen_by_mask_and_by_range(tmp_path):
-    store = Store(tmp_path)
-    labels = np.zeros((5, 4, 4))
-    labels[3] = 1
-    store.add("a", "1", np.zeros((5, 1, 4, 4)), labels)
-    store.add("b", "1", np.zeros((9, 1, 4, 4)))
-    cases = [Case("a", None, "mask"), Case("b", None, None)]  # a's mask is largest in its fourth slice
-
-    def chosen(how):
-        return {name: found.tolist() for name, found in chosen_slices(params.Section(slices=how), store, cases).items()}
-
-    assert chosen("largest") == {"a": [3], "b": [6]}
-    assert chosen([2, 3]) == {"a": [2, 3], "b": [2, 3]} and chosen("all")["b"] == list(range(9))
-    with pytest.raises(DataError, match="folder.slices"):
-        chosen("some")
-
-
-def test_a_volume_that_is_too_short_is_left_out_and_the_others_are_not(tmp_path, monkeypatch):
-    folder = fill(tmp_path, cases=2, labelled=1, slices=5)
-    image, _ = scan(5, 2)
-    nib.save(nib.Nifti1Image(image, np.eye(4)), folder / "images" / "short.nii.gz")
-    intake, store = taken_in(settings_for(folder, monkeypatch, slices=[2, 4]), tmp_path)
-    assert [case.name for case in intake.cases] == ["case 0", "case 1"]
-    assert "short.nii.gz has 2 slices, none from 2 to 4: change folder.slices" in intake.failures["short"]
-
-
-def test_flipping_left_and_right_makes_no_sense_in_sagittal_slices(tmp_path, monkeypatch):
-    settings = settings_for(fill(tmp_path, cases=1, labelled=1), monkeypatch, symmetric=True, axis=0)
-    with pytest.raises(DataError, match="folder.symmetric flips left and right"):
-        taken_in(settings, tmp_path)
-
-
-def test_labels_shrink_as_images_do_and_what_is_lost_is_said(tmp_path, monkeypatch):
-    """The centre of what is marked stays where it is; a label that vanishes is still a class, and noted."""
-    rows, columns = np.mgrid[:512, :512]
-    labels = (np.hypot(rows - 201.5, columns - 301.5) < 60).astype(np.uint8)[None]
-    small = fit_labels(labels, 128)[0]
-    for found, centre in zip(np.nonzero(small), (201.5, 301.5)):
-        assert found.mean() == pytest.approx((centre + 0.5) / 4 - 0.5, abs=0.02)
-    assert small.sum() == pytest.approx(labels.sum() / 16, rel=0.02)
-    folder = fill(tmp_path, cases=1, labelled=1, slices=1)
-    image, mask = scan(0, 1)
-    mask[0, 0] = 9  # one pixel of 40 by 36, in slices of 8
-    affine = np.diag([-2.0, 1.0, 4.0, 1.0])
-    nib.save(nib.Nifti1Image(mask, affine), folder / "masks" / "case 0.nii.gz")
-    intake, store = taken_in(settings_for(folder, monkeypatch, size=8), tmp_path)
-    assert (
-        intake.values == [2, 7, 9]
-        and "label 9 is too small for slices of 16 x 16 pixels of 10 x 10 mm: raise folder.size"
-        in intake.notes["case 0"]
-    )
-
-
-def test_few_files_are_open_however_many_slices_train(tmp_path, monkeypatch):
-    folder = fill(tmp_path, cases=4, labelled=2, slices=60)
-    settings = settings_for(folder, monkeypatch)
-    intake, store = taken_in(settings, tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
-    try:
-        cohort = build(settings, store, intake, ["case 0"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(cohort.images) == 240
-
-
-def test_volumes_and_slices_together_are_two_networks_with_one_mask(tmp_path, monkeypatch):
-    """Joint training registers the volumes; the slices beside them learn without."""
-    folder = fill(tmp_path, cases=3, labelled=2, slices=12)
-    settings = settings_for(folder, monkeypatch, space="both", method="joint+")
-    settings.strong.training |= {"steps": 12}
-    settings.volumes.training |= {"steps": 12}
-    settings.folder |= {"degraded_views": 5}
-    settings.volumes.registration |= {"epochs": 1}
-    table = own.segment_folder(settings)
-    assert (table["status"] == "done").all() and (table["slices"] == 12).all() and table["predicted_dsc"].notna().all()
-    model = load_model(folder / "out" / "model.safetensors")
-    assert [plan.space for plan in model.plans] == ["volumes", "slices"]
-    assert sorted(row[0] for row in model.about["calibration"]) == [0] * 6 + [1] * 6
-    models = folder / "out" / "work" / "models" / "folder"
-    assert [file.relative_to(models).parts[0] for file in models.rglob("registration")] == ["volumes_0"]
-    image = nib.load(folder / "images" / "case 2.nii.gz")
-    mask = nib.load(folder / "out" / "case 2_mask.nii.gz")
-    assert mask.shape == image.shape and np.allclose(mask.affine, image.affine)
-    again = own.segment_folder(
-        settings_for(folder, monkeypatch, masks="", model=str(folder / "out" / "model.safetensors"))
-    )
-    assert (again["status"] == "done").all()  # by the same model, whatever folder.space says
-
-
-def untrained(plans):
-    """A Model of one class whose networks have learnt nothing."""
-    about = {"classes": ["label 2"], "values": [2], "axis": 2, "plans": [*plans], "channels": [""], "symmetric": False}
-    about |= {"normalisation": "instance", "pseudo_masks": {"n": 1, "rotation": 0, "shift": 0, "contrast": 0}}
-    about |= {"fingerprint": "x", "licence": "", "calibration": []}
-    return Model([ResidualUNet(1, "instance", 2, plan.strides).eval() for plan in plans_in(about)], about)
-
-
-def test_a_model_of_volumes_is_not_applied_to_some_slices(tmp_path, monkeypatch):
-    folder = fill(tmp_path, cases=2, labelled=1, slices=12)
-    plans = [
-        {"space": "volumes", "spacing": [4.0, 1.0, 2.0], "canvas": [16, 48, 48], "root": 2},
-        {"space": "slices", "spacing": [1.0, 1.0], "canvas": [48, 80], "root": 2},
-    ]
-    save_model(untrained(plans), tmp_path / "both.safetensors")
-    for slices in ([0, 5], "largest"):
-        settings = settings_for(folder, monkeypatch, slices=slices, model=str(tmp_path / "both.safetensors"))
-        with pytest.raises(
-            DataError, match="but whole volumes are seen: set it to all, or folder.space to slices, and"
-        ):
-            own.segment_folder(settings)
-
-
-def test_a_held_out_case_is_measured_by_both_networks_in_its_worse_views_too(tmp_path, monkeypatch):
-    folder = fill(tmp_path, cases=2, labelled=1, slices=12)
-    settings = settings_for(folder, monkeypatch, space="both", drawn="slices", degraded_views=2)
-    plans = plans_of(settings.folder, cases_of(settings))
-    stores = [Store(tmp_path / "scans" / plan.space, plan) for plan in plans]
-    intake = take_in(settings.folder, cases_of(settings), stores)
-    model = untrained(
-        {"space": plan.space, "spacing": list(plan.spacing), "canvas": list(plan.canvas), "root": 2} for plan in plans
-    )
-    positions = chosen_images(settings.folder, stores, intake.cases)["case 0"]
-    assert [len(at) for at in positions] == [1, 12]
-    scores, pairs = measure(model, intake.cases[0], stores, positions, settings, Numerics("cpu"))
-    assert len(scores) == 1 and scores["dsc"].between(0, 1).all() and scores["hd95"].isna().all()
-    assert np.shape(pairs) == (3, 2) and np.isfinite(pairs).all()
 
 
 def test_a_single_slice_is_scored_as_an_image(segmented, tmp_path, monkeypatch):
