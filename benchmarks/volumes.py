@@ -87,14 +87,14 @@ def by_ants(fuse):
 
 WAYS = {
     "make segment": by_segment(),
-    "make segment, joint+": by_segment("folder.method=joint+"),
     "make segment, slices": by_segment("folder.space=slices", "folder.size=64"),
     "make segment, volumes": by_segment("folder.space=volumes"),
+    "make segment, joint+": by_segment("folder.method=joint+"),
     "make segment, volumes, joint+": by_segment("folder.space=volumes", "folder.method=joint+"),
     "ANTs SyN, majority vote": by_ants(ants.majority),
     "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),
 }
-OURS = list(WAYS)[:3]
+OURS = "make segment", "make segment, slices", "make segment, volumes"
 
 
 def labels_in(file):
@@ -134,7 +134,7 @@ def trust_of(cases, dsc):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ways", nargs="*", default=OURS, help=f"some of: {'; '.join(WAYS)}")
+    parser.add_argument("ways", nargs="*", default=list(OURS), help=f"some of: {'; '.join(WAYS)}")
     parser.add_argument("--labelled", type=int, nargs="*", default=[5])
     parser.add_argument("--draws", type=int, nargs="*", default=[1])
     given = parser.parse_args()

@@ -162,13 +162,6 @@ def generate(
     return PseudoMasks(*(torch.cat(part) for part in zip(*parts)))
 
 
-def confidence_sums(soft):
-    """Of every soft mask ``(images, classes, *space)``: confidence summed over marked pixels, and their number."""
-    marked = (soft > 0.05).float()
-    every = tuple(range(1, soft.ndim))
-    return (torch.maximum(soft, 1 - soft) * marked).sum(dim=every), marked.sum(dim=every)
-
-
 def mean_confidence(soft, case=None):
     """Mean confidence of each soft mask, in [0.5, 1].
 
@@ -183,7 +176,8 @@ def mean_confidence(soft, case=None):
     Returns:
         ``(images,)``, the same for all slices of a volume.
     """
-    total, count = confidence_sums(soft)
+    marked, every = (soft > 0.05).float(), tuple(range(1, soft.ndim))
+    total, count = (torch.maximum(soft, 1 - soft) * marked).sum(dim=every), marked.sum(dim=every)
     if case is not None:
         total, count = (torch.zeros_like(part).index_add(0, case, part)[case] for part in (total, count))
     return torch.where(count > 0, total / count.clamp_min(1), torch.ones_like(count))

@@ -211,7 +211,7 @@ def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, o
         "images.bin labels.bin index.jsonl held_out.csv model.safetensors cases.jsonl cases.csv confidence.png "
         "least_certain.png"
     )
-    cohorts = {f"{space}_{k}.npz" for k in range(3)}
+    cohorts = {f"{'volumes' if space == 'volumes' else 'axial'}_{k}.npz" for k in range(3)}
     assert {*expected.split(), *cohorts, "case 0_mask.nii.gz", "case 2_confidence.nii.gz"} <= {*writes}
     assert sum(name.endswith(".pt") for name in writes) >= 5 and len(texts) == len(writes)
     for text in texts:
@@ -306,7 +306,7 @@ def test_a_full_disk_stops_the_run_and_nothing_finished_is_lost(finished, tmp_pa
         with disk_of(size), pytest.raises(DataError, match=FULL):
             segment_folder(settings_for(new))
         assert not list((new / "out").rglob("*partial*"))
-    assert len(Store(new / "out" / "work" / "scans" / "slices").index) == 7
+    assert len(Store(new / "out" / "work" / "scans" / "axial").index) == 7
     lost = folder / "out" / "case 3_confidence.nii.gz"
     lost.unlink()
     with disk_of(300), pytest.raises(DataError, match=FULL):

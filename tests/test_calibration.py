@@ -81,16 +81,17 @@ def test_no_interval_is_promised_that_the_held_out_cases_cannot_support(cases):
     assert np.isnan(calibration.predict_dsc([], 0.93)).all()
 
 
-def test_no_mask_is_foretold_more_than_was_seen():
+def test_beyond_what_was_seen_the_prediction_goes_on_as_confidence_does():
     """DSC that levels off: a line through these rows foretells 1 at confidence 0.9."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         rows, _ = held_out(SHAPES["levels_off"], 2, rng, 0.02)
-        confident, best = calibration.predict_dsc(rows, 0.99), max(y for _, _, y in rows)
-        assert confident[0] < best and confident[0] == pytest.approx(0.88, abs=0.06)
-        assert confident[0] == calibration.predict_dsc(rows, 1.0)[0]
-        foretold = [calibration.predict_dsc(rows, x)[0] for x in np.linspace(0.7, 1, 31)]
-        assert (np.diff(foretold) >= 0).all() and foretold[0] < 0.6
+        foretold = lambda x, rows=rows: calibration.predict_dsc(rows, x)[0]
+        low, high = min(x for _, x, _ in rows), max(x for _, x, _ in rows)
+        assert foretold(high) == pytest.approx(0.88, abs=0.08)
+        assert foretold(high + 0.03) == pytest.approx(foretold(high) + 0.03) and foretold(2) == 1
+        assert foretold(low - 0.03) == pytest.approx(foretold(low) - 0.03) and foretold(-1) == 0
+        assert (np.diff([foretold(x) for x in np.linspace(0.7, 1, 31)]) > -1e-9).all()
 
 
 def test_confidence_that_orders_masks_by_quality_finds_the_worst():

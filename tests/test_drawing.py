@@ -80,7 +80,7 @@ def partly(folder, monkeypatch, slices, changes=(), **options):
     labels = np.zeros(mask.shape, np.uint8)
     labels[:, :, 1] = np.asarray(mask.dataobj)[:, :, 1]
     nib.save(nib.Nifti1Image(labels, mask.affine), file)
-    settings["cohort"] = "folder/slices_0"
+    settings["cohort"] = "folder/axial_0"
     intake, store = taken_in(settings, folder)
     monkeypatch.setenv("JOINT_OUTPUT", str(folder / "out"))
     build(settings, store, intake, ()).save(cohort_file(settings))
@@ -125,7 +125,7 @@ def test_the_loss_leaves_out_what_is_not_drawn(tmp_path, monkeypatch):
     assert float(lesson.loss(wrong, torch.cat((truth, torch.ones_like(drawn)), 1))) > 0.5
 
 
-@pytest.mark.parametrize("space", ["slices", "volumes", "both"])
+@pytest.mark.parametrize("space", ["slices", "volumes", "views"])
 def test_a_folder_of_partly_drawn_volumes_is_segmented_and_scored_where_it_is_drawn(tmp_path, monkeypatch, space):
     settings, *_ = partly(tmp_path, monkeypatch, slices=16, space="slices")
     settings.folder |= {"space": space}

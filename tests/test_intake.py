@@ -88,7 +88,7 @@ def test_labels_shrink_as_images_do_and_what_is_lost_is_said(tmp_path, monkeypat
     intake, store = taken_in(settings_for(folder, monkeypatch, size=8), tmp_path)
     assert (
         intake.values == [2, 7, 9]
-        and "label 9 is too small for slices of 16 x 16 pixels of 10 x 10 mm: raise folder.size"
+        and "label 9 is too small for axial slices of 16 x 32 pixels of 10 x 10 mm: raise folder.size"
         in intake.notes["case 0"]
     )
 

@@ -15,10 +15,9 @@ from lib.scans.networks.model_file import FORMAT, VERSION, Model, load_model, sa
 ABOUT = {
     "classes": ["a", "b"],
     "values": [1, 5],
-    "axis": 2,
     "plans": [
-        {"space": "volumes", "spacing": [1.0] * 3, "canvas": [32] * 3, "root": 4},
-        {"space": "slices", "spacing": [1.0] * 2, "canvas": [32] * 2, "root": 16},
+        {"space": "volumes", "axis": 2, "spacing": [1.0] * 3, "canvas": [32] * 3, "root": 4},
+        {"space": "slices", "axis": 0, "spacing": [1.0] * 2, "canvas": [32] * 2, "root": 16},
     ],
     "channels": [""],
     "normalisation": "instance",

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from test_own import settings_for, taken_in
 
 from lib import DataError
+from lib.cohorts.reading import turned, upright_slices
 from lib.compute import Numerics
+from lib.metrics import dice
 from lib.models import ResidualUNet
-from lib.pseudo_masks import mean_confidence
 from lib.runs import params
-from lib.scans.networks.applying import FEW, Confidence, masks_of, soft_masks
+from lib.scans.networks.applying import FAINT, FEW, Confidence, masks_of, soft_masks
 from lib.scans.networks.model_file import Model
+from lib.scans.networks.training import Space
 from lib.scans.reading.folder import find_cases
-from lib.scans.reading.planning import KINDS, Plan, plans_of
+from lib.scans.reading.planning import Plan, plans_of
 
 
 def folder_of(folder, scans, drawn=1):
@@ -76,46 +78,93 @@ def test_volumes_that_are_asked_for_become_coarser_until_they_fit(tmp_path, monk
         plan_for(tmp_path / "flat", [((64, 64, 1), (1, 1, 1))], monkeypatch, space="volumes")
 
 
-def test_both_are_volumes_and_slices_of_the_same_scans(tmp_path, monkeypatch):
-    settings = settings_for(folder_of(tmp_path, [((32, 24, 20), (1, 1, 2))]), monkeypatch, space="both")
-    cases = find_cases(settings.folder.images, settings.folder.masks)
-    found = plans_of(settings.folder, cases)
-    alone = [plans_of(params.Section({**settings.folder, "space": space}), cases) for space in KINDS]
-    assert found == sum(alone, []) and [plan.space for plan in found] == [*KINDS]
-    several = folder_of(tmp_path / "several", [((32, 24, 20), (1, 1, 2))] * 5, drawn=5)
-    for count, expected in (5, found), (4, alone[0]):
-        options = settings_for(several, monkeypatch).folder
-        cases = find_cases(options.images, options.masks)
+def test_views_are_slices_of_all_directions_of_the_same_scans(tmp_path, monkeypatch):
+    scans = [((32, 24, 20), (1, 1, 2))]
+    folder = settings_for(folder_of(tmp_path, scans), monkeypatch).folder
+    plans = lambda **changes: plans_of(params.Section({**folder, **changes}), find_cases(folder.images, folder.masks))
+    found = plans(space="views")
+    assert found == sum((plans(space="slices", axis=axis) for axis in (2, 0, 1)), [])
+    assert [plan.view for plan in plans(space="views", axis=1)] == ["coronal", "sagittal", "axial"]
+    assert found[1].title == "sagittal slices of 32 x 32 pixels of 1.25 x 1.25 mm"
+    several = settings_for(folder_of(tmp_path / "several", scans * 5, drawn=5), monkeypatch).folder
+    cases = find_cases(several.images, several.masks)
+    for count, views in (5, ["axial", "sagittal", "coronal"]), (4, ["volumes"]):
         drawn = [case._replace(mask=case.mask if k < count else None) for k, case in enumerate(cases)]
-        assert [plan.space for plan in plans_of(options, drawn)] == [plan.space for plan in expected]
+        assert [plan.view for plan in plans_of(several, drawn)] == views
+    with pytest.raises(DataError, match="holds single slices: set folder.space"):
+        plan_for(tmp_path / "flat", [((64, 64, 1), (1, 1, 1))], monkeypatch, space="views")
 
 
-def test_the_mask_of_two_networks_is_the_mean_of_theirs_slice_by_slice():
-    """Also where one sees the volume at once, and the other a few slices at a time."""
-    plans = Plan("volumes", 2, (2.0, 2.0, 2.0), (16, 16, 16)), Plan("slices", 2, (1.0, 1.0), (32, 32))
+def test_the_mask_of_several_networks_is_the_mean_of_theirs_on_the_grid_of_the_scan():
+    """Also where they see volumes and slices, of different directions."""
+    plans = [
+        Plan("slices", 2, (1.0, 1.0), (32, 32)),
+        Plan("slices", 0, (1.0, 0.9), (48, 32)),
+        Plan("slices", 1, (1.0, 0.9), (48, 32)),
+        Plan("volumes", 2, (2.0, 2.0, 2.0), (16, 16, 16)),
+    ]
     networks = [ResidualUNet(2, "instance", 2, plan.strides).eval() for plan in plans]
-    planned = [{"space": plan.space, "spacing": plan.spacing, "canvas": plan.canvas} for plan in plans]
-    about = {"pseudo_masks": {"n": 2, "rotation": 5, "shift": 0, "contrast": 0.1}, "symmetric": False, "axis": 2}
-    grid = SimpleNamespace(slices=(35, 24, 20), spacing=(0.9, 1.2, 1.1))
+    planned = [{name: getattr(plan, name) for name in ("space", "axis", "spacing", "canvas")} for plan in plans]
+    about = {"pseudo_masks": {"n": 2, "rotation": 5, "shift": 0, "contrast": 0.1}, "symmetric": False}
+    about |= {"classes": ["one", "two"]}
+    grid = Space((35, 24, 20), (0.9, 1.2, 1.1), axis=2)
     stack = np.random.default_rng(0).random(grid.slices, np.float32)
-    images = [plan.images(stack, grid)[:, None] for plan in plans]
+    images = [
+        plan.images(turned(stack, 2, plan.axis), grid.along(plan.axis))[:, None].astype(np.float32) for plan in plans
+    ]
     numerics = Numerics("cpu", "float32").sharing(1 / 24)  # eleven slices at a time, which FEW does not divide
-    assert FEW % numerics.batch(images[1])
-    mean = Confidence()
-    by = lambda *which: list(
-        masks_of(
-            Model([networks[k] for k in which], {**about, "plans": [planned[k] for k in which]}),
-            [images[k] for k in which],
-            grid,
-            numerics,
-            mean,
-        )
-    )
-    both = by(0, 1)
-    assert [len(part) for part in both] == [16, 16, 3] and torch.cat(both).shape == (35, 2, 24, 20)
-    whole = mean_confidence(torch.cat(both).movedim(0, 1)[None])
-    assert mean.mean == pytest.approx(float(whole), abs=1e-5)
-    assert torch.allclose(torch.cat(both), (torch.cat(by(0)) + torch.cat(by(1))) / 2, atol=1e-6)
+    assert FEW % numerics.batch(images[0])
+
+    def by(*which, confidence):
+        model = Model([networks[k] for k in which], {**about, "plans": [planned[k] for k in which]})
+        own = grid.along(plans[which[0]].axis)
+        return list(masks_of(model, [images[k] for k in which], own, numerics, confidence))
+
+    whole, alone, each = Confidence(), Confidence(), []
+    together = by(0, 1, 2, 3, confidence=whole)
+    assert [len(part) for part in together] == [16, 16, 3] and torch.cat(together).shape == (35, 2, 24, 20)
+    alone.add(torch.cat(together))
+    assert whole.value == pytest.approx(alone.value, abs=1e-5)
+    for k, plan in enumerate(plans):
+        masks = torch.cat(by(k, confidence=Confidence())).numpy()
+        each.append(np.stack([turned(masks[:, c], plan.axis, 2) for c in range(2)], axis=1))
+    assert np.allclose(torch.cat(together), np.mean(each, axis=0), atol=1e-6)
+
+
+@given(st.integers(0, 2), st.integers(0, 2))
+def test_slices_that_are_turned_are_those_of_the_other_direction(axis, to):
+    volume = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    stack = turned(upright_slices(volume, axis), axis, to)
+    assert np.array_equal(stack, upright_slices(volume, to)) and np.shares_memory(stack, volume)
+    space = Space(upright_slices(volume, axis).shape, upright_slices(volume, axis).shape, axis)
+    assert space.along(to) == Space(stack.shape, stack.shape, to)
+
+
+def test_confidence_is_the_dsc_that_true_masks_drawn_by_the_probabilities_have_in_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(1, 2, 12, 40, 40, generator=generator) ** 4 / 2
+    masks[:, 0, 2:9, 5:30, 5:20] = 0.8
+    masks[:, 1, 2:9, 5:30, 22:35] = 0.65
+    masks = masks * (masks > FAINT)
+    confidence = Confidence()
+    for part in masks[0].movedim(0, 1).split(5):
+        confidence.add(part)
+    dsc = []
+    for _ in range(100):
+        drawn = torch.rand(masks[:, :1].shape, generator=generator)
+        truth = torch.cat((drawn < masks[:, :1], (drawn >= masks[:, :1]) & (drawn < masks.sum(1, keepdim=True))), 1)
+        dsc.append(float(dice(masks, truth).mean()))
+    assert confidence.value == pytest.approx(np.mean(dsc), abs=0.002) and 0.5 < confidence.value < 0.9
+
+
+def test_confidence_leaves_out_classes_that_are_not_marked_and_is_0_where_none_is():
+    masks, confidence, nothing = torch.zeros(2, 2, 8, 8), Confidence(), Confidence()
+    masks[:, 0, 2:5] = 0.75
+    masks[:, 1] = 0.1
+    confidence.add(masks)
+    assert confidence.value == pytest.approx(2 * 0.75 / 1.75)
+    nothing.add(0.3 * (masks > 0))
+    assert nothing.value == 0
 
 
 def test_confidence_of_one_network_is_that_of_its_own_pixels():
@@ -123,13 +172,13 @@ def test_confidence_of_one_network_is_that_of_its_own_pixels():
     plan = Plan("slices", 2, (4.0, 4.0), (16, 16))
     network = ResidualUNet(1, "instance", 2, plan.strides).eval()
     network.segment = lambda images: (images > 0.5).float()
-    about = {"pseudo_masks": {"n": 1, "rotation": 0, "shift": 0, "contrast": 0}, "symmetric": False, "axis": 2}
-    about |= {"plans": [{"space": "slices", "spacing": [4.0, 4.0], "canvas": [16, 16]}]}
+    about = {"pseudo_masks": {"n": 1, "rotation": 0, "shift": 0, "contrast": 0}, "symmetric": False}
+    about |= {"plans": [{"space": "slices", "axis": 2, "spacing": [4.0, 4.0], "canvas": [16, 16]}]}
     images = np.zeros((3, 1, 16, 16), np.float32)
     images[..., 4:9, 6:10] = 1
-    mean, grid = Confidence(), SimpleNamespace(slices=(3, 64, 64), spacing=(2.0, 1.0, 1.0))
-    (masks,) = masks_of(Model([network], about), [images], grid, Numerics("cpu", "float32"), mean)
-    assert mean.mean == 1 and masks.shape == (3, 1, 64, 64) and ((masks > 0.1) & (masks < 0.9)).any()
+    whole, grid = Confidence(), SimpleNamespace(slices=(3, 64, 64), spacing=(2.0, 1.0, 1.0))
+    (masks,) = masks_of(Model([network], about), [images], grid, Numerics("cpu", "float32"), whole)
+    assert whole.value == 1 and masks.shape == (3, 1, 64, 64) and ((masks > 0.1) & (masks < 0.9)).any()
 
 
 def test_a_single_slice_among_volumes_is_left_out_and_named(tmp_path, monkeypatch):

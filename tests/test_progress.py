@@ -15,7 +15,7 @@ def parts_for(tmp_path, monkeypatch, folds, plans=(SLICES,), **options):
     settings = settings_for(tmp_path, monkeypatch, **options)
     each = [seen_by(k, plans) for k in range(max(1, len(folds)))]
     trainings = [[fold_settings(settings, plan, k).strong.training for plan in each[k]] for k in range(len(folds))]
-    seen = lambda count: [range(count if plan is SLICES else 1) for plan in plans]
+    seen = lambda count: [range(1 if plan is VOLUMES else count) for plan in plans]
     return parts_of(settings, each, trainings, folds, {name: seen(count) for name, count in POSITIONS.items()})
 
 
@@ -32,17 +32,21 @@ def test_parts_are_networks_and_segmentation_and_take_what_they_do(tmp_path, mon
     assert list(parts_for(tmp_path, monkeypatch, [])) == [SEGMENTING]  # a model is given
 
 
-def test_volumes_and_slices_are_two_networks_that_both_segment(tmp_path, monkeypatch):
-    plans = VOLUMES, SLICES
+def test_slices_of_all_directions_are_three_networks_that_all_segment(tmp_path, monkeypatch):
+    plans = SLICES, *(SLICES._replace(axis=axis, canvas=(16, 32)) for axis in (0, 1))
     parts = parts_for(tmp_path, monkeypatch, [(), ("a",)], plans)
-    assert list(parts)[:2] == ["network of volumes", "network of slices"]
-    alone = parts_for(tmp_path, monkeypatch, [(), ("a",)])  # quick networks see slices
+    names = [f"network of {view} slices" for view in ("axial", "sagittal", "coronal")]
+    assert list(parts)[:3] == names and parts[names[0]] == 2 * parts[names[1]] == 2 * parts[names[2]]
+    alone = parts_for(tmp_path, monkeypatch, [(), ("a",)])  # quick networks see one direction
     quick = "quick network 1", "cases held out from quick network 1"
-    assert list(parts)[3:5] == [*quick] and all(parts[name] == alone[name] for name in quick)
-    assert parts[SEGMENTING] == parts_for(tmp_path, monkeypatch, [])[SEGMENTING] + 2 * 3 * 8**3
-    longer = parts_for(tmp_path, monkeypatch, [()], plans, method="joint+")  # volumes are registered, and they alone
-    assert longer["network of volumes"] > parts["network of volumes"]
-    assert longer["network of slices"] == parts["network of slices"]
+    assert list(parts)[4:6] == [*quick] and all(parts[name] == alone[name] for name in quick)
+    assert parts[SEGMENTING] == 2 * parts_for(tmp_path, monkeypatch, [])[SEGMENTING]
+    longer = parts_for(tmp_path, monkeypatch, [()], plans, method="joint+")
+    assert all(longer[name] > parts[name] for name in names)
+
+
+def test_a_volume_takes_what_its_voxels_do(tmp_path, monkeypatch):
+    assert parts_for(tmp_path, monkeypatch, [], [VOLUMES])[SEGMENTING] == 2 * 3 * 8**3
 
 
 def test_the_bar_is_full_at_the_end_whatever_its_parts_say_they_have_done(capsys):

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from lib.runs.files import replacing
+from lib.runs.files import save_arrays
 
 UNDRAWN = 255  # label of what nobody has drawn: it trains nothing and is scored nowhere
 
@@ -96,8 +96,7 @@ class Cohort:
 
     def save(self, file):
         """Write the cohort as one .npz file; the same cohort gives the same bytes."""
-        with replacing(file) as partial:
-            np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
+        save_arrays({field.name: getattr(self, field.name) for field in fields(self)}, file)
 
 
 def one_hot(labels, classes):

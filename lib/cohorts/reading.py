@@ -16,6 +16,7 @@ from lib.runs.params import ROOT
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # nibabel's way to say right, anterior, superior
 MM = {1: 1000.0, 3: 0.001}  # of a metre and a micron, by NIfTI's codes of units; any other, and none, is taken for mm
 EXTERNAL = "`external` names a folder of further cases that are only tested, laid out as the cohort's own"
+VIEWS = "sagittal", "coronal", "axial"  # slices along the canonical axes 0, 1, 2
 GZIP = 1100  # no gzip file unpacks to more than so many times its size
 
 
@@ -41,6 +42,10 @@ class Grid(NamedTuple):
         """Shape (slices, rows, columns) in canonical orientation."""
         sides = np.array((*self.shape, 1, 1)[:3])[np.argsort(self.orientation[:, 0])]
         return tuple(int(sides[axis]) for axis in upright(self.axis))
+
+    def along(self, axis):
+        """The grid of the same voxels, slices along another axis."""
+        return self._replace(axis=axis)
 
     @property
     def canonical(self):
@@ -161,6 +166,12 @@ def read_volume(file, axis=2):
 def upright_slices(volume, axis):
     """The slices ``(slices, rows, columns)`` of a canonical volume along an axis, upright, see ``upright``."""
     return np.transpose(volume, upright(axis))[:, ::-1]
+
+
+def turned(stack, axis, to):
+    """Slices ``(slices, rows, columns)`` along ``axis`` as those along the axis ``to``, both upright; a view."""
+    canonical = np.transpose(stack[:, ::-1], np.argsort(upright(axis)))
+    return upright_slices(canonical, to)
 
 
 def read_scan(file, axis=2):

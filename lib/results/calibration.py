@@ -82,17 +82,19 @@ def quality_control(confidence, dsc):
 
 
 def predict_dsc(pairs, confidence):
-    """The DSC that a mask of this mean confidence is likely to have, with a 95 % prediction interval.
+    """The DSC that a mask of this confidence is likely to have, with a 95 % prediction interval.
 
     Held-out cases and worse views of them are grouped into tenths by confidence. A curve through the groups' means that
-    may not fall as confidence rises (isotonic regression) predicts the DSC. Beyond the confidences that were seen it is
-    constant. The interval reaches as far as the errors of 95 % of the held-out cases themselves (conformal prediction,
-    Vovk et al. 2005). It supposes that a new case is like these, and nothing else. It takes SUPPORTED of them: of fewer
-    even the largest error is exceeded by more than one new case in twenty.
+    may not fall as confidence rises (isotonic regression) predicts the DSC. Confidence is itself an expected DSC: so
+    beyond the outermost means the curve goes on as confidence does. The interval reaches as far as the errors of 95 %
+    of the held-out cases themselves (conformal prediction, Vovk et al. 2005). It supposes that a new case is like
+    these, and nothing else. It takes SUPPORTED of them: of fewer even the largest error is exceeded by more than one
+    new case in twenty.
 
     Args:
-        pairs: rows of (number of the case, or of the subject that cases are of, mean confidence, DSC); the first row of
+        pairs: rows of (number of the case, or of the subject that cases are of, confidence, DSC); the first row of
             every number is no worse view.
+        confidence: in [0, 1].
 
     Returns:
         (predicted, low, high), in [0, 1]; NaN where there is no row, or low and high where there are too few cases.
@@ -105,7 +107,8 @@ def predict_dsc(pairs, confidence):
         return np.nan, np.nan, np.nan
     groups = np.array_split(np.argsort(x, kind="stable"), np.clip(n // SMALLEST_GROUP, 1, GROUPS))
     fit = optimize.isotonic_regression([y[rows].mean() for rows in groups], weights=[len(rows) for rows in groups])
-    curve = lambda at: np.interp(at, [x[rows].mean() for rows in groups], fit.x)
+    at = np.array([x[rows].mean() for rows in groups])
+    curve = lambda where: np.clip(np.interp(where, at, fit.x) + where - np.clip(where, at[0], at[-1]), 0, 1)
     predicted = float(curve(confidence))
     _, own = np.unique(case, return_index=True)
     errors = np.sort(np.abs(y[own] - curve(x[own])))

@@ -14,6 +14,7 @@ from lib.metrics import dice, harden, hausdorff, to_labels
 from lib.pseudo_masks import mean_confidence
 from lib.results.calibration import reliability
 from lib.results.statistics import FURTHER
+from lib.runs.files import save_arrays
 
 
 def score(prediction, truth, classes, spacing=None):
@@ -232,8 +233,6 @@ def save_watched(experiment, folder, count=5):
         if not watched:
             continue
         chosen = [watched[round(k)] for k in np.linspace(0, len(watched) - 1, min(count, len(watched)))]
-        np.savez_compressed(
-            folder / f"{stage.name}_{experiment.settings.recipe}.npz",
-            steps=np.array([step for step, _ in chosen]),
-            masks=np.stack([mask.cpu().numpy()[0] for _, mask in chosen]),
-        )
+        steps, masks = zip(*chosen)
+        kept = {"steps": np.array(steps), "masks": np.stack([mask.cpu().numpy()[0] for mask in masks])}
+        save_arrays(kept, folder / f"{stage.name}_{experiment.settings.recipe}.npz")

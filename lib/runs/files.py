@@ -4,6 +4,9 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import ZipFile, ZipInfo
+
+import numpy as np
 
 from lib import parallel
 
@@ -33,6 +36,27 @@ def replacing(file):
             os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_arrays(arrays, file):
+    """Write arrays, by name, as one .npz file that numpy.load reads.
+
+    The same arrays give the same bytes with every version of Python, unless one is above 2 GB. Those of numpy.savez
+    differ: it asks for large headers always, and Python 3.11.4 changed them.
+
+    Args:
+        arrays: dictionary of name to array, none of them of objects.
+        file: path that ends with .npz.
+
+    Raises:
+        OSError: see ``replacing``.
+    """
+    with replacing(file) as partial, ZipFile(partial, "w") as archive:
+        for name, values in arrays.items():
+            values, about = np.asarray(values), ZipInfo(f"{name}.npy")
+            about.file_size = values.nbytes  # by which the archive chooses the kind of header
+            with archive.open(about, "w") as entry:
+                np.lib.format.write_array(entry, values, allow_pickle=False)
 
 
 def append(content, file):

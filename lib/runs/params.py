@@ -19,7 +19,7 @@ CHOICES = {
 }
 OWN_METHODS = ("fs+elastic", "bcp", "joint+")  # that may segment a user's own scans
 CONTROLS = ("none", "random", "unmoved", "forced", "teacher")  # of joint+, see neighbours.find_neighbours
-SPACES = ("auto", "slices", "volumes", "both")  # how they are seen
+SPACES = ("auto", "slices", "volumes", "views")  # how they are seen
 SMALLEST = 16  # pixels, the side of slices in which there is anything to see after four halvings
 MIXED = ("slices", "drawn")  # settings that may be a word, or a list or a number
 

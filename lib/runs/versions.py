@@ -14,7 +14,7 @@ STRONG = "first"  # the methods of recipe `strong`
 VOLUMES = "labels by share"  # what differs where images are slices of volumes
 EVALUATION = "first"  # scores, and the random draws of the masks that are tested
 VOLUME_EVALUATION = "confidence of marked pixels"  # the same of volumes
-PREDICTED_DSC = "conformal"  # and its interval, of a user's own cases
+PREDICTED_DSC = "soft Dice confidence"  # and its interval, of a user's own cases
 
 
 def fingerprint(*parts):

@@ -31,7 +31,7 @@ def ranked(views, drawn, confidence, most=MOST):
     Args:
         views: ``(cases, features)``, of ``thumbnail``.
         drawn: ``(cases,)`` boolean.
-        confidence: ``(cases,)`` mean confidence; NaN for a case that was not segmented: it is no candidate.
+        confidence: ``(cases,)``; NaN for a case that was not segmented: it is no candidate.
         most: cases that are ranked at most.
     """
     free = np.flatnonzero(~drawn & np.isfinite(confidence))

@@ -62,7 +62,7 @@ def case_takes(settings, plans, positions, measured=False):
 
 def network_name(number, plan, together):
     """What the display calls a network; ``plan``: its own; ``together``: plans of those whose mean is the mask."""
-    return (f"quick network {number}" if number else "network") + f" of {plan.space}" * (len(together) > 1)
+    return (f"quick network {number}" if number else "network") + f" of {plan.in_words}" * (len(together) > 1)
 
 
 def measuring_name(number):
@@ -82,9 +82,9 @@ def parts_of(settings, plans, trainings, folds, chosen):
     """
     parts = {}
     for number, (trained, seen, names) in enumerate(zip(trainings, plans, folds)):
-        for k, (training, plan) in enumerate(zip(trained, seen)):
-            registered = REGISTERED * (settings.folder.method == "joint+" and number == k == 0)
+        for training, plan in zip(trained, seen):
+            registered = REGISTERED * (settings.folder.method == "joint+" and number == 0)
             parts[network_name(number, plan, seen)] = training.steps * step_takes(training, plan) * (1 + registered)
-        measured = (case_takes(settings, seen, chosen[name][-len(seen) :], measured=True) for name in names)
+        measured = (case_takes(settings, seen, chosen[name][: len(seen)], measured=True) for name in names)
         parts[measuring_name(number)] = sum(measured)
     return {**parts, SEGMENTING: sum(case_takes(settings, plans[0], positions) for positions in chosen.values())}

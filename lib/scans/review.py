@@ -15,6 +15,7 @@ from lib.results.calibration import predict_dsc
 from lib.results.figures.plots import OTHER, draw
 from lib.results.figures.viewer import Viewer
 from lib.scans.reading.folder import find_cases, nifti_files
+from lib.scans.reading.planning import seen_whole
 
 
 class Review:
@@ -43,7 +44,7 @@ class Review:
         Returns:
             (image in [0, 1], labels, confidence, hand-drawn labels or None, mm between slices, rows and columns).
         """
-        case, axis = self.cases[name], self.model.about["axis"]
+        case, axis = self.cases[name], self.model.plans[0].axis
         labels, confidence = (
             read_scan(self.output / f"{name}_{what}.nii.gz", axis)[0] for what in ("mask", "confidence")
         )
@@ -62,7 +63,7 @@ class Review:
             if name in self.table.index:
                 pair = [
                     torch.as_tensor(np.stack([self.channels(one) for one in labels], axis=1))[None]
-                    for labels in (self.volumes(name)[1], read_scan(file, self.model.about["axis"])[0])
+                    for labels in (self.volumes(name)[1], read_scan(file, self.model.plans[0].axis)[0])
                 ]
                 scores[name] = float(dice(*pair).mean())
         return pd.Series(scores, name="dsc", dtype=float)
@@ -76,7 +77,7 @@ class Review:
         Returns:
             pandas.Series: masks (their number), dsc and predicted_dsc (means), error (of the predicted DSC, mean of its
             absolute values), worst_dsc, inside (how many lie within their interval; NaN where there is none), spearman
-            (of mean confidence and true DSC) and flagged.
+            (of confidence and true DSC) and flagged.
         """
         table = self.table.loc[true_dsc.index]
         inside = true_dsc.between(table["predicted_low"], table["predicted_high"])
@@ -96,10 +97,10 @@ class Review:
     def contact_sheet(self, count=12, columns=6):
         """The least certain cases: image with mask above, confidence below, where most is marked.
 
-        Volumes that were segmented whole are shown in three planes.
+        Scans that were seen whole are shown in three planes.
         """
         worst = self.table.sort_values(["predicted_dsc", "confidence"]).head(count)
-        across = range(3 if self.model.plans[0].space == "volumes" else 1)
+        across = range(3 if seen_whole(self.model.plans) else 1)
         high, columns = len(across) + 1, min(columns, len(worst))
         rows = -(-len(worst) // columns)
         figure, axes = plt.subplots(high * rows, columns, figsize=(2.1 * columns, 2.5 * high * rows), squeeze=False)
@@ -114,13 +115,13 @@ class Review:
                 draw(ax, seen, self.channels(marked), title if axis == 0 else "", colour=OTHER)
                 ax.set_aspect(aspect_of(spacing, axis))
             heat = 2 * (1 - plane_of(confidence, labels, 0))
-            draw(below, plane_of(image, labels, 0), heat=heat, title=f"mean confidence {row['confidence']:.2f}")
+            draw(below, plane_of(image, labels, 0), heat=heat, title=f"confidence {row['confidence']:.2f}")
             below.set_aspect(aspect_of(spacing, 0))
         figure.tight_layout()
         return figure
 
     def predictions(self, true_dsc=None):
-        """Predicted DSC of every case over its mean confidence, and the held-out cases that it is learnt from.
+        """Predicted DSC of every case over its confidence, and the held-out cases that it is learnt from.
 
         Args:
             true_dsc: pandas.Series of case to DSC, if there are masks that were hidden from training.
@@ -139,7 +140,7 @@ class Review:
                 self.table["confidence"][true_dsc.index], true_dsc, ".", color="#d62728", label="masks that were hidden"
             )
         ax.axhline(self.settings.folder.review, color="grey", linestyle=":", label="to be reviewed below")
-        ax.set(xlabel="mean confidence of the mask", ylabel="DSC", ylim=(-0.02, 1.02))
+        ax.set(xlabel="confidence of the mask", ylabel="DSC", ylim=(-0.02, 1.02))
         ax.legend(fontsize=7, loc="lower right")
         figure.tight_layout()
         return figure
@@ -147,7 +148,7 @@ class Review:
     def viewer(self):
         """A Viewer of all cases, the least certain first."""
         order = self.table.sort_values(["predicted_dsc", "confidence"]).index
-        counts = {name: read_grid(self.cases[name].image, self.model.about["axis"]).slices[0] for name in order}
+        counts = {name: read_grid(self.cases[name].image, self.model.plans[0].axis).slices[0] for name in order}
 
         def look(name, number, _):
             image, labels, confidence, drawn, spacing = self.volumes(name)

@@ -20,7 +20,7 @@ from lib.scans.networks.training import fold_settings, seen_by, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
 from lib.scans.reading.folder import find_cases
 from lib.scans.reading.intake import chosen_images, folds_of, subjects_of, take_in
-from lib.scans.reading.planning import plans_of
+from lib.scans.reading.planning import plans_of, seen_whole
 from lib.scans.reading.store import Store
 
 
@@ -74,13 +74,13 @@ def segment_folder(settings):
             options["channels"] = [] if model.about["channels"] == [""] else model.about["channels"]
         found = find_cases(options.images, options.masks or None, options.pattern, options.channels)
         plans = model.plans if model else plans_of(options, found)
-        if plans[0].space == "volumes" and options.slices != "all":
+        if seen_whole(plans) and options.slices != "all":
             raise DataError(
-                f"folder.slices is {options.slices}, but whole volumes are seen: set it to all, or folder.space to "
+                f"folder.slices is {options.slices}, but scans are seen whole: set it to all, or folder.space to "
                 "slices" + ", and train a model on them" * (model is not None)
             )
-        tqdm.write(f"{' and '.join(plan.title for plan in plans)}; folder.space says otherwise")
-        stores = [Store(output / "work" / "scans" / plan.space, plan) for plan in plans]
+        tqdm.write(f"{' and '.join(plan.title for plan in plans)}; change it by folder.space")
+        stores = [Store(output / "work" / "scans" / plan.view, plan) for plan in plans]
         client = stack.enter_context(workers(settings, len(found)))
         intake = take_in(options, found, stores, client)
         for reason in intake.failures.values():  # now, not after hours of training

@@ -1,45 +1,47 @@
 """Applying a model to one scan: labels and confidence on the scan's own grid."""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lib.metrics import to_labels
-from lib.pseudo_masks import confidence_sums, segmentation_masks
+from lib.cohorts.reading import turned
+from lib.metrics import harden, to_labels
+from lib.pseudo_masks import segmentation_masks
 from lib.results.calibration import predict_dsc
 from lib.runs.params import section
 from lib.scans.networks.memory import with_less_memory
 from lib.scans.reading.folder import write_scan
 
 WHOLE = 4  # canvases; larger images are seen through windows
+FAINT = 0.05  # probability, as in pseudo_masks.mean_confidence
 FEW = 16  # slices that become labels at a time: a large volume has many
 
 
-class Space(NamedTuple):
-    """Shape and spacing of (slices, rows, columns): what a plan needs of a Grid."""
-
-    slices: tuple
-    spacing: tuple  # mm
-
-
 class Confidence:
-    """Mean confidence of a case, see pseudo_masks.mean_confidence, of masks that come piece by piece."""
+    """Which DSC the probabilities of a case lead to expect of its mask. They come piece by piece.
+
+    Soft Dice confidence (Borges et al., arXiv 2402.10665, 2024): DSC of the mask and its probabilities, whose number of
+    pixels is their sum. Mean over the classes that are marked. Probabilities below FAINT do not count: over the many
+    pixels of a large image they would add up to more than the structure.
+    """
 
     def __init__(self):
-        self.total = self.count = 0.0
+        self.common = self.either = 0.0
 
     def add(self, masks):
         """Count in masks ``(n, classes, *space)``."""
-        total, count = confidence_sums(masks)
-        self.total += float(total.sum())
-        self.count += float(count.sum())
+        seen, marked = masks * (masks > FAINT), harden(masks)
+        of_classes = lambda part: part.sum(dim=[0, *range(2, part.ndim)], dtype=torch.float64).cpu()
+        self.common += of_classes(seen * marked)
+        self.either += torch.stack((of_classes(seen), of_classes(marked)))
 
     @property
-    def mean(self):
-        """In [0.5, 1]; 1 where no pixel is marked."""
-        return self.total / self.count if self.count else 1.0
+    def value(self):
+        """In [0, 1]; 0 where no pixel is marked."""
+        pixels, marked = self.either
+        found = (2 * self.common / (pixels + marked))[marked > 0]
+        return float(found.mean()) if len(found) else 0.0
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def soft_masks(network, plan, about, images, numerics):
     for start in range(0, len(images), size):
         seen = numerics.tensor(images[start : start + size])
         generator = numerics.generator("own", start)
-        views = options.n, generator, options, about["symmetric"], numerics, plan.spacing
+        views = options.n, generator, options, plan.mirrored(about["symmetric"]), numerics, plan.spacing
         look = lambda part: segmentation_masks(network, part, *views).mean(dim=0)
         yield through_windows(look, seen, plan.canvas) if large else look(seen)
 
@@ -86,36 +88,36 @@ def masks_of(model, images, grid, numerics, confidence):
             their edges are smoother; of several networks' mean on the case's grid.
 
     Yields:
-        Tensors ``(at most FEW, classes, rows, columns)``, slices one after another.
+        Tensors ``(at most FEW, classes, rows, columns)``, slices along the first plan's axis one after another.
     """
-    alone = len(model.networks) == 1
-
-    def by(network, plan, seen):
-        for soft in soft_masks(network, plan, model.about, seen, numerics):
-            if alone:
-                confidence.add(soft)
-            yield from plan.restored(soft, grid, FEW)
-
-    each = [few_at_a_time(by(*own)) for own in zip(model.networks, model.plans, images)]
-    if alone:
-        yield from each[0]
+    if len(model.networks) > 1:
+        yield from mean_of(model, images, grid, numerics, confidence)
         return
-    for masks in zip(*each, strict=True):
-        mean = torch.stack(masks).mean(dim=0)
+    for soft in soft_masks(model.networks[0], model.plans[0], model.about, images[0], numerics):
+        confidence.add(soft)
+        yield from model.plans[0].restored(soft, grid, FEW)
+
+
+def mean_of(model, images, grid, numerics, confidence):
+    """``masks_of`` where there are several networks. They may see slices of different directions.
+
+    Their sum is held in memory: 4 bytes for every voxel and class.
+    """
+    first, classes = model.plans[0], range(len(model.about["classes"]))
+    total = np.zeros((len(classes), *grid.slices), np.float32)
+    for network, plan, seen in zip(model.networks, model.plans, images):
+        along = [turned(total[k], first.axis, plan.axis) for k in classes]  # views
+        start = 0
+        for soft in soft_masks(network, plan, model.about, seen, numerics):
+            for part in plan.restored(soft, grid.along(plan.axis), FEW):
+                part = part.float().cpu().numpy()
+                for k in classes:
+                    along[k][start : start + len(part)] += part[:, k]
+                start += len(part)
+    for start in range(0, total.shape[1], FEW):
+        mean = numerics.tensor(np.moveaxis(total[:, start : start + FEW], 1, 0) / len(model.networks))
         confidence.add(mean)
         yield mean
-
-
-def few_at_a_time(parts):
-    """The slices of ``parts``, FEW at a time, however many lie in each part."""
-    rest = None
-    for part in parts:
-        rest = part if rest is None else torch.cat((rest, part))
-        while len(rest) >= FEW:
-            yield rest[:FEW]
-            rest = rest[FEW:]
-    if rest is not None and len(rest):
-        yield rest
 
 
 def segment(model, images, planes, grid, numerics):
@@ -127,17 +129,17 @@ def segment(model, images, planes, grid, numerics):
 
     Returns:
         (labels uint8, confidence float32 of every pixel's label, both ``(slices, rows, columns)`` and 0 in slices that
-        are not segmented; mean confidence in [0.5, 1], see pseudo_masks.mean_confidence).
+        are not segmented; Confidence of the case).
     """
     labels, confidence = np.zeros(grid.slices, np.uint8), np.zeros(grid.slices, np.float32)
     values = np.array([0, *model.about["values"]], np.uint8)
-    mean = Confidence()
-    for k, masks in enumerate(masks_of(model, images, grid, numerics, mean)):
-        at = planes[k * FEW : (k + 1) * FEW]
+    sure = Confidence()
+    for masks in masks_of(model, images, grid, numerics, sure):
+        at, planes = planes[: len(masks)], planes[len(masks) :]
         labels[at] = values[to_labels(masks).cpu().numpy()]
         every = torch.cat((1 - masks.sum(dim=1, keepdim=True), masks), dim=1)
         confidence[at] = every.amax(dim=1).clamp(0, 1).cpu().numpy().round(3)
-    return labels, confidence, mean.mean
+    return labels, confidence, sure.value
 
 
 def apply(model, name, images, planes, grid, folder, numerics):
@@ -151,14 +153,14 @@ def apply(model, name, images, planes, grid, folder, numerics):
     Returns:
         Dictionary. Volumes, of what was segmented, are in mm³, areas, of single slices, in mm².
     """
-    labels, confidence, mean = with_less_memory(
+    labels, confidence, sure = with_less_memory(
         lambda divisor: segment(model, images, planes, grid, numerics.sharing(1 / divisor)), name
     )
     write_scan(labels, grid, folder / f"{name}_mask.nii.gz")
     write_scan(confidence, grid, folder / f"{name}_confidence.nii.gz")
     flat = len(planes) == 1
     voxel = np.prod(grid.spacing[1:] if flat else grid.spacing)
-    dsc, low, high = predict_dsc(model.about["calibration"], mean)
+    dsc, low, high = predict_dsc(model.about["calibration"], sure)
     return {
         "case": name,
         "slices": len(planes),
@@ -168,7 +170,7 @@ def apply(model, name, images, planes, grid, folder, numerics):
             label: round(float((labels == value).sum() * voxel), 3)
             for label, value in zip(model.about["classes"], model.about["values"])
         },
-        "confidence": mean,
+        "confidence": sure,
         "predicted_dsc": dsc,
         "predicted_low": low,
         "predicted_high": high,

@@ -16,17 +16,17 @@ from lib.scans.reading.planning import KINDS, Plan
 from lib.training import weights_digest
 
 FORMAT = "joint segmentation and registration"
-VERSION = 4
+VERSION = 5
 
 
 class Model(NamedTuple):
     """Segmentation networks, each with the plan by which it sees scans; their mean is the mask.
 
-    ``about``: classes (names), values (label value of each class in the masks), axis (of planning.Plan), plans (for
-    every network: space, spacing and canvas of its Plan, and root, its channels of the finest level), channels (what
-    the names of their files end with), normalisation, pseudo_masks (of the test-time augmentation), symmetric,
-    fingerprint (of training data and settings), licence (of the training data) and calibration (rows: number of a
-    held-out subject, and mean confidence and DSC of one of its cases or of a worse view of it).
+    ``about``: classes (names), values (label value of each class in the masks), plans (for every network: space, axis,
+    spacing and canvas of its Plan, and root, its channels of the finest level), channels (what the names of their files
+    end with), normalisation, pseudo_masks (of the test-time augmentation), symmetric, fingerprint (of training data and
+    settings), licence (of the training data) and calibration (rows: number of a held-out subject, and confidence and
+    DSC of one of its cases or of a worse view of it).
     """
 
     networks: list
@@ -51,7 +51,6 @@ class Model(NamedTuple):
 REQUIRED = {
     "classes": list,
     "values": list,
-    "axis": int,
     "plans": list,
     "channels": list,
     "normalisation": str,
@@ -65,9 +64,7 @@ REQUIRED = {
 
 def plans_in(about):
     """The planning.Plans that a model's ``about`` holds."""
-    return [
-        Plan(plan["space"], about["axis"], tuple(plan["spacing"]), tuple(plan["canvas"])) for plan in about["plans"]
-    ]
+    return [Plan(plan["space"], plan["axis"], tuple(plan["spacing"]), tuple(plan["canvas"])) for plan in about["plans"]]
 
 
 def checksum(about, networks):
@@ -126,8 +123,8 @@ def load_model(file):
                 raise TypeError(f"{name} is {about[name]!r}")
         networks, plans = [], plans_in(about)
         for k, (plan, root) in enumerate(zip(plans, (plan["root"] for plan in about["plans"]))):
-            if plan.space not in KINDS:
-                raise ValueError(f"space is {plan.space!r}")
+            if plan.space not in KINDS or plan.axis not in range(3):
+                raise ValueError(f"space is {plan.space!r}, axis {plan.axis!r}")
             network = ResidualUNet(
                 len(about["classes"]), about["normalisation"], root, plan.strides, len(about["channels"])
             )

@@ -1,7 +1,7 @@
 """Training on a folder of scans: a network by the method that ``folder.method`` names, and what its confidence means.
 
-Where both volumes and slices are seen, there are two networks, and their mean is the mask. Quick networks see slices
-alone then, to save time.
+Where slices of all directions are seen, there are three networks, and their mean is the mask. Quick networks see one
+direction then, to save time.
 Below ten labelled subjects no mask is held out from the network: all train it. What its confidence means is learnt from
 two quick networks, each of half of the labelled subjects, which segment the other half. From ten subjects on a fifth is
 held out from the network itself. A single one cannot be held out.
@@ -9,6 +9,7 @@ held out from the network itself. A single one cannot be held out.
 
 import json
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ import torch
 
 from lib import DataError
 from lib.augment import light, place
+from lib.cohorts.reading import read_grid, turned, upright
 from lib.methods.experiment import Experiment
 from lib.methods.peers import bcp, elastic, joint_plus
 from lib.methods.pretraining import pretrain_registration
@@ -24,13 +26,21 @@ from lib.models import ROOT
 from lib.results.evaluation import score
 from lib.runs.params import Section, cohort_file, section
 from lib.runs.versions import fingerprint
-from lib.scans.networks.applying import Confidence, Space, masks_of, segment
+from lib.scans.networks.applying import Confidence, masks_of, segment
 from lib.scans.networks.memory import with_less_memory
 from lib.scans.networks.model_file import Model
 from lib.scans.progress import case_takes, measuring_name, network_name, step_takes
 from lib.scans.reading.drawing import drawn_part
 from lib.scans.reading.folder import read_case
-from lib.scans.reading.intake import build, chosen_images, class_names, folds_of, subjects_of
+from lib.scans.reading.intake import (
+    build,
+    chosen_images,
+    class_names,
+    drawn_images,
+    finer,
+    folds_of,
+    subjects_of,
+)
 from lib.scans.reading.store import images_of
 
 DEGRADED = "rotation", "scaling", "shift", "gamma", "contrast", "brightness", "blur", "noise"
@@ -64,25 +74,10 @@ def train(settings, stores, intake, progress):
     if not intake.values:
         raise DataError(f"the masks in {options.masks} mark nothing: draw at least one structure")
     chosen, plans = chosen_images(options, stores, intake.cases), [store.plan for store in stores]
-    about = {
-        "classes": class_names(intake.values),
-        "values": intake.values,
-        "axis": plans[0].axis,
-        "plans": [
-            {
-                "space": plan.space,
-                "spacing": list(plan.spacing),
-                "canvas": list(plan.canvas),
-                "root": settings.volumes.root if plan.space == "volumes" else ROOT,
-            }
-            for plan in plans
-        ],
-        "channels": options.channels or [""],
-        "normalisation": settings.segmentation.normalisation,
-        "pseudo_masks": settings.pseudo_masks,
-        "symmetric": options.symmetric,
-        "licence": options.licence,
-    }
+    for k, store in enumerate(stores):
+        if not any(len(drawn_images(store, case.name, chosen[case.name][k])) for case in intake.labelled):
+            raise DataError(f"what is drawn in {options.masks} is too thin for {plans[k].title}: {finer(plans[k])}")
+    about = about_of(settings, plans, intake.values)
     subjects = subjects_of([case.name for case in intake.labelled], options.subject)
     number_of = {name: number for number, names in enumerate(subjects.values()) for name in names}
     used, held, pairs, keys = [], [], [], []
@@ -90,7 +85,7 @@ def train(settings, stores, intake, progress):
         networks, seen = [], seen_by(number, stores)
         for store in seen:
             with progress.part(network_name(number, store.plan, seen)) as done:
-                train_one = lambda divisor: train_fold(settings, stores, store, intake, number, names, done, divisor)
+                train_one = lambda divisor: train_fold(settings, store, intake, number, names, done, divisor)
                 network, numerics, key = with_less_memory(train_one, "training")
                 networks.append(network.eval())
                 keys.append(key)
@@ -108,30 +103,56 @@ def train(settings, stores, intake, progress):
     return Model(used, {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
 
 
+def about_of(settings, plans, values):
+    """``about`` of a model, see model_file.Model, before anything is trained: all but fingerprint and calibration."""
+    options = settings.folder
+    return {
+        "classes": class_names(values),
+        "values": values,
+        "plans": [
+            {
+                "space": plan.space,
+                "axis": plan.axis,
+                "spacing": list(plan.spacing),
+                "canvas": list(plan.canvas),
+                "root": settings.volumes.root if plan.space == "volumes" else ROOT,
+            }
+            for plan in plans
+        ],
+        "channels": options.channels or [""],
+        "normalisation": settings.segmentation.normalisation,
+        "pseudo_masks": settings.pseudo_masks,
+        "symmetric": options.symmetric,
+        "licence": options.licence,
+    }
+
+
 def seen_by(number, kinds):
     """Those of ``kinds``, a list with one part for every plan, that the networks of a fold see."""
-    return kinds[-1:] if number else kinds
+    return kinds[:1] if number else kinds
 
 
 def measure(model, case, stores, positions, settings, numerics):
     """What a held-out case says of a model.
 
     Returns:
-        (scores by class, pandas.DataFrame; pairs of mean confidence and DSC, of the case and of worse views of it).
+        (scores by class, pandas.DataFrame; pairs of confidence and DSC, of the case and of worse views of it, unless
+        nothing is marked).
     """
     with_memory = lambda work, *more: with_less_memory(
         lambda divisor: work(model, case, stores, positions, *more, numerics.sharing(1 / divisor)), case.name
     )
     scores, confidence = with_memory(score_case, settings.folder)
     own = [confidence, float(scores["dsc"].mean())]
-    return scores.assign(case=case.name), [own, *with_memory(degraded_pairs, settings)]
+    pairs = [own, *with_memory(degraded_pairs, settings)] if confidence else []  # what marks nothing is reviewed anyway
+    return scores.assign(case=case.name), pairs
 
 
-def train_fold(settings, stores, store, intake, number, held_out, done, divisor=1):
+def train_fold(settings, store, intake, number, held_out, done, divisor=1):
     """A network, with the device it is on and the fingerprint of what it was trained on.
 
     Args:
-        store: the one of ``stores`` that has the images it sees.
+        store: store.Store of the images that it sees.
         number, held_out: which it is, and the names of the labelled cases that do not train. All but the first are
             quick: they are trained by the labelled images alone, for a part of the steps.
         done: of progress.Progress.part.
@@ -144,10 +165,7 @@ def train_fold(settings, stores, store, intake, number, held_out, done, divisor=
     experiment.after_step = partial(done, step_takes(own.strong.training, store.plan))
     method = METHODS[settings.folder.method] if len(experiment.data.unlabelled) and not number else elastic
     if method is joint_plus:
-        if store is stores[0]:
-            pretrain_registration(experiment)
-        else:  # slices beside volumes: these have been registered
-            method = bcp
+        pretrain_registration(experiment)
     network, _ = method.train(experiment)
     return network, experiment.numerics, experiment.origin
 
@@ -155,7 +173,7 @@ def train_fold(settings, stores, store, intake, number, held_out, done, divisor=
 def fold_settings(settings, plan, number, divisor=1):
     """Settings of a network; see ``train_fold``."""
     own = section(json.loads(json.dumps(settings)))
-    own["cohort"] = f"folder/{plan.space}_{number}"
+    own["cohort"] = f"folder/{plan.view}_{number}"
     own.registration["batch"] = max(1, own.registration.batch // divisor)
     training = own.strong.training
     if plan.space == "volumes":
@@ -170,13 +188,13 @@ def fold_settings(settings, plan, number, divisor=1):
 
 
 def score_case(model, case, stores, positions, options, numerics):
-    """DSC, HD and HD95 in mm of a case with a mask, on the slices ``positions``, and the mask's mean confidence.
+    """DSC, HD and HD95 in mm of a case with a mask, on the slices ``positions``, and the confidence of its mask.
 
     A single slice is scored as an image: in a volume one slice thick every voxel would lie on the surface. Where masks
     are drawn in part, DSC is that of the part, and there is no distance.
     """
-    _, truth, grid = read_case(case, model.about["axis"])
-    truth, drawn, _ = drawn_part(truth, options.drawn, model.about["axis"])
+    _, truth, grid = read_case(case, model.plans[0].axis)
+    truth, drawn, _ = drawn_part(truth, options.drawn, model.plans[0].axis)
     planes = model.plans[0].planes(positions[0], grid)
     labels, _, confidence = segment(model, images_of(stores, case.name, positions), planes, grid, numerics)
     if drawn is not None:
@@ -195,33 +213,65 @@ def score_case(model, case, stores, positions, options, numerics):
 
 @torch.no_grad()
 def degraded_pairs(model, case, stores, positions, settings, numerics):
-    """Mean confidence and DSC of worse and worse views of a held-out case, as pairs.
+    """Confidence and DSC of worse and worse views of a held-out case, as pairs.
 
     Held-out cases are few and much alike: they alone do not say what low confidence means. Views are made by the
     augmentation of training, up to folder.degradation times as strong, of the images as the first plan has them.
     """
     options, augmentation, pairs = settings.folder, settings.strong.augmentation, []
-    first, plan, at = stores[0], model.plans[0], positions[0]
-    images = numerics.tensor(np.asarray(first.images(case.name)[at], np.float32))
-    labels = np.asarray(first.labels(case.name)[at])
-    drawn = first.drawn(case.name)
-    parts = [labels == value for value in model.about["values"]]
-    masks = numerics.tensor(np.stack(parts if drawn is None else [*parts, drawn[at]], axis=1))
-    stack = (lambda part: part[0].movedim(1, 0)) if plan.space == "volumes" else (lambda part: part)
-    space = Space((len(stack(images)), *images.shape[-2:]), (1.0, *plan.spacing)[-3:])
+    plan = model.plans[0]
+    images, masks, spacing = first_images(model, case, stores[0], positions[0], numerics)
+    slices = (lambda part: part[0].movedim(1, 0)) if images.ndim == 5 else (lambda part: part)
+    space = Space((len(slices(images)), *images.shape[-2:]), (1.0, *spacing)[-3:], plan.axis)
     generator = numerics.generator(settings.seed, "degraded", case.name)
+    flip = plan.mirrored(options.symmetric)
     for strength in np.linspace(0, options.degradation, options.degraded_views + 1)[1:]:
         stronger = Section({**augmentation, **{name: strength * augmentation[name] for name in DEGRADED}})
-        seen, truth = place(images, masks, generator, stronger, options.symmetric, bend=False, spacing=plan.spacing)
-        seen, counts = light(seen.flatten(0, 1)[:, None], generator, stronger).view_as(seen), 1
-        if drawn is not None:
-            truth, counts = truth[:, :-1], truth[:, -1:]
-        truth, counts = stack(truth), counts if drawn is None else stack(counts)
-        others, mean = [], Confidence()
-        for other in model.plans[1:]:
-            channels = stack(seen).movedim(1, 0).cpu().numpy()
-            others.append(np.stack([other.images(part, space) for part in channels], axis=1))
-        soft = torch.cat(list(masks_of(model, [seen, *others], space, numerics, mean)))
-        pair = [(part * counts).movedim(0, 1)[None] for part in (soft, truth)]
-        pairs.append([mean.mean, float(dice(*pair).mean())])
+        seen, truth = place(images, masks, generator, stronger, flip, bend=False, spacing=spacing)
+        seen = light(seen.flatten(0, 1)[:, None], generator, stronger).view_as(seen)
+        truth, drawn = slices(truth).tensor_split([len(model.about["values"])], dim=1)
+        seen, confidence = seen if plan.space == "volumes" else slices(seen), Confidence()
+        views = [seen, *(turned_images(seen, space, other) for other in model.plans[1:])]
+        soft = torch.cat(list(masks_of(model, views, space, numerics, confidence)))
+        pair = [(part * drawn if drawn.shape[1] else part).movedim(0, 1)[None] for part in (soft, truth)]
+        if confidence.value:
+            pairs.append([confidence.value, float(dice(*pair).mean())])
     return pairs
+
+
+def first_images(model, case, store, positions, numerics):
+    """What the first plan sees of a labelled case.
+
+    Where slices of all directions are seen, its slices are one volume, so that all directions see one worse view.
+
+    Returns:
+        (images; masks, with a last channel for what is drawn where not all is; spacing of their space), all tensors
+        ``(n, channels, *space)``.
+    """
+    plan, labels, drawn = model.plans[0], np.asarray(store.labels(case.name)[positions]), store.drawn(case.name)
+    images = numerics.tensor(np.asarray(store.images(case.name)[positions], np.float32))
+    parts = [labels == value for value in model.about["values"]]
+    masks = numerics.tensor(np.stack(parts if drawn is None else [*parts, drawn[positions]], axis=1))
+    if len(model.plans) == 1:
+        return images, masks, plan.spacing
+    between = read_grid(case.image, plan.axis).spacing[0]
+    return *(numerics.tensor(part.movedim(0, 1)[None]) for part in (images, masks)), (between, *plan.spacing)
+
+
+class Space(NamedTuple):
+    """What a plan needs of a Grid, for scans that come from no file."""
+
+    slices: tuple  # sides (slices, rows, columns)
+    spacing: tuple  # mm between them
+    axis: int  # along which slices are taken
+
+    def along(self, axis):
+        """The same, slices along another axis."""
+        order = [upright(self.axis).index(side) for side in upright(axis)]
+        return Space(*(tuple(part[k] for k in order) for part in (self.slices, self.spacing)), axis)
+
+
+def turned_images(slices, space, plan):
+    """Slices ``(slices, channels, rows, columns)`` of a Space as a plan of another direction has them; an array."""
+    channels = (turned(part, space.axis, plan.axis) for part in slices.movedim(1, 0).cpu().numpy())
+    return np.stack([plan.images(part, space.along(plan.axis)) for part in channels], axis=1)

@@ -3,9 +3,8 @@
 import numpy as np
 
 from lib import DataError
-from lib.cohorts.reading import upright
+from lib.cohorts.reading import VIEWS, upright
 
-AXES = "sagittal", "coronal", "axial"  # slices along the canonical axes 0, 1, 2
 THIN = 2  # slices; where no more of them in a row are marked, and are large, they were drawn one by one
 LARGE = 8  # times as long and as wide as the longest row of marked slices
 
@@ -39,7 +38,7 @@ def drawn_part(labels, how, axis):
     if marked.all():
         return labels, None, ""
     shape = [-1 if other == along else 1 for other in range(3)]
-    names = [AXES[one] for one in upright(axis)]
+    names = [VIEWS[one] for one in upright(axis)]
     note = f"{marked.sum()} of {len(marked)} {names[along]} slices are taken for drawn (folder.drawn)"
     return labels, np.broadcast_to(marked.reshape(shape), labels.shape), note
 

@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 from lib import DataError
 from lib.cohorts.cohort import UNDRAWN
+from lib.cohorts.reading import turned
 from lib.cohorts.volumes import OwnCohort, scaled
 from lib.compute import out_of_memory
 from lib.runs.cluster import mapped
 from lib.runs.versions import fingerprint
 from lib.scans.reading.drawing import drawn_part
 from lib.scans.reading.folder import read_case
-from lib.scans.reading.planning import placed
+from lib.scans.reading.planning import placed, seen_whole
 
 HELD_OUT_FROM = 10  # labelled subjects; with fewer all train, and two quick networks say what confidence means
 IMAGES = "at the plan's spacing, labels by share"  # how images are made; another way has another name
@@ -71,7 +72,7 @@ def read_in(settings, plans, allowed, case, known):
         if keys == known:
             return Reading(keys)
         channels, labels, grid = read_case(case, axis, allowed)
-        if plans[0].space == "volumes" and grid.slices[0] == 1:
+        if seen_whole(plans) and grid.slices[0] == 1:
             raise DataError(f"{case.image} is a single slice among volumes: leave it out, or set folder.space=slices")
         drawn, more = None, {"values": [], "taken": ""}
         if labels is not None:
@@ -81,8 +82,13 @@ def read_in(settings, plans, allowed, case, known):
             channels[k] = scaled(channel)
         contents = []
         for plan in plans:
-            images = np.stack([plan.images(channel, grid) for channel in channels], axis=1).astype(np.float16)
-            masks = (None, None) if labels is None else (plan.labels(labels, grid, drawn), plan.drawn(drawn, grid))
+            same = plan.axis == axis  # then a single slice keeps its own direction
+            to = lambda stack: stack if same or stack is None else turned(stack, axis, plan.axis)
+            on = grid if same else grid.along(plan.axis)
+            images = np.stack([plan.images(to(channel), on) for channel in channels], axis=1).astype(np.float16)
+            masks = None, None
+            if labels is not None:
+                masks = plan.labels(to(labels), on, to(drawn)), plan.drawn(to(drawn), on)
             contents.append((images, *masks, more))
         return Reading(keys, contents)
     except DataError as error:
@@ -110,7 +116,7 @@ def take_in(settings, found, stores, client=None):
         OSError: the store's disk is full: what cannot be kept is no fault of the case.
     """
     plans = [store.plan for store in stores]
-    if settings.symmetric and plans[0].axis == 0:
+    if settings.symmetric and not any(plan.mirrored(True) for plan in plans):
         raise DataError(
             "folder.symmetric flips left and right, which slices along folder.axis 0 do not have: set it to false"
         )
@@ -154,10 +160,17 @@ def odd(case, stores):
     if not entry["values"]:
         return f"{case.mask} marks nothing: remove it unless nothing is there to be marked"
     for store in stores:
+        small = f"for {store.plan.title}: {finer(store.plan)}"
         if lost := set(entry["values"]) - set(np.unique(store.labels(case.name)).tolist()):
-            more = "voxels" if store.plan.space == "volumes" else "size"
-            return f"{case.mask}: label {min(lost)} is too small for {store.plan.title}: raise folder.{more}"
+            return f"{case.mask}: label {min(lost)} is too small {small}"
+        if (drawn := store.drawn(case.name)) is not None and not drawn.any():
+            return f"{case.mask}: what is drawn is too thin {small}"
     return entry["taken"]
+
+
+def finer(plan):
+    """What to do if a structure is lost at a plan's spacing."""
+    return f"raise folder.{'voxels' if plan.space == 'volumes' else 'size'}"
 
 
 def range_of(slices):
@@ -271,7 +284,7 @@ def build(settings, store, intake, held_out):
     return OwnCohort(
         name="folder",
         title="own data",
-        symmetric=options.symmetric,
+        symmetric=plan.mirrored(options.symmetric),
         pixel_mm=min(plan.spacing),
         voxel_mm=np.array(plan.spacing),
         classes=class_names(intake.values),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import DataError
-from lib.cohorts.reading import on_canvas, read_grid
+from lib.cohorts.reading import VIEWS, on_canvas, read_grid
 from lib.models import LEVELS, strides_of
 
 KINDS = "volumes", "slices"  # what a network sees; the settings are in params.SPACES
@@ -20,18 +20,35 @@ STEP = 2 ** (LEVELS - 1)  # sides of a canvas of slices are multiples of it
 SHALLOW = 12  # slices; a volume of fewer is better taken slice by slice
 LONG = 3.0  # times the pixels' side; where slices lie further apart they have little to say of one another (nnU-Net's)
 COARSER = 1.25  # times the median spacing: volumes that would have to be made coarser than this are taken by slices
-SEVERAL = 5  # cases with masks, from which slices are seen as well; a network of slices learns too little from one
+SEVERAL = 5  # cases with masks, from which slices of all directions are seen: a network of slices needs some
 ENOUGH = 0.3  # of a pixel; a drawn slice may lie between two of the plan's
 HELD = 95  # per cent of the scans that the canvas holds whole; of larger ones the middle trains, and all is segmented
 
 
 class Plan(NamedTuple):
-    """See above. Slices along ``axis`` come first in every array, also in volumes."""
+    """See above. In every array, also in volumes, slices along ``axis`` come first."""
 
     space: str  # of KINDS
     axis: int  # of the canonical array
     spacing: tuple  # mm between the pixels of (rows, columns), or the voxels of (slices, rows, columns)
     canvas: tuple  # sides in pixels or voxels
+
+    @property
+    def view(self):
+        """What is seen, in a word: volumes, or the direction of the slices."""
+        return "volumes" if self.space == "volumes" else VIEWS[self.axis]
+
+    @property
+    def in_words(self):
+        """The same as the display says it."""
+        return self.view if self.space == "volumes" else f"{self.view} slices"
+
+    def mirrored(self, symmetric):
+        """Whether the columns of its images may be flipped, of an anatomy that is symmetric or not.
+
+        They run from left to right unless slices are sagittal.
+        """
+        return symmetric and self.axis != 0
 
     @property
     def strides(self):
@@ -95,9 +112,14 @@ class Plan(NamedTuple):
     @property
     def title(self):
         """The plan in words."""
-        what, of = ("whole volumes", "voxels") if self.space == "volumes" else ("slices", "pixels")
-        mm = " x ".join(f"{side:.3g}" for side in self.spacing)
-        return f"{what} of {' x '.join(map(str, self.canvas))} {of} of {mm} mm"
+        mm, sides = " x ".join(f"{side:.3g}" for side in self.spacing), " x ".join(map(str, self.canvas))
+        kind, of = ("whole ", "voxels") if self.space == "volumes" else ("", "pixels")
+        return f"{kind}{self.in_words} of {sides} {of} of {mm} mm"
+
+
+def seen_whole(plans):
+    """Whether scans are seen whole, not just some slices of theirs: as volumes, or from all directions."""
+    return len(plans) > 1 or plans[0].space == "volumes"
 
 
 def resized(images, sides):
@@ -125,10 +147,10 @@ def plans_of(settings, cases):
         cases: list of folder.Case.
 
     Returns:
-        List of one Plan, or of two, volumes first, where networks of both kinds give a mask together.
+        List of one Plan, or of three where slices of all directions are seen, those along folder.axis first.
 
     Raises:
-        DataError: no case can be read, or volumes are asked for and there are none.
+        DataError: no case can be read, or scans are to be seen whole and are single slices.
     """
     grids = []
     for case in cases:
@@ -139,19 +161,37 @@ def plans_of(settings, cases):
     if not grids:
         raise DataError(f"no image in {settings.images} can be read: export them again as NIfTI")
     axis = majority([grid.axis for grid, _ in grids])
-    labelled = [grid for grid, drawn in grids if drawn] or [grid for grid, _ in grids]
-    spacing = np.median([grid.spacing for grid in labelled], axis=0)
-    extents = np.array([np.multiply(grid.slices, grid.spacing) for grid, _ in grids])
-    held = np.percentile(extents, HELD, axis=0, method="higher")  # mm
-    volumes = plan_volumes(spacing, held, axis, settings.voxels)
-    slices = plan_slices(spacing, held, axis, settings.size)
-    if settings.space in ("volumes", "both") and all(grid.slices[0] == 1 for grid, _ in grids):
+    if settings.space in ("volumes", "views") and all(grid.slices[0] == 1 for grid, _ in grids):
         raise DataError(f"{settings.images} holds single slices: set folder.space to slices or auto")
+    volumes, slices = (plan_along(axis, kind, grids, settings) for kind in KINDS)
     space = settings.space
     if space == "auto":
-        space = "both" if sum(drawn for _, drawn in grids) >= SEVERAL else "volumes"
-        space = space if worth(volumes, spacing, labelled, settings) else "slices"
-    return {"volumes": [volumes], "slices": [slices], "both": [volumes, slices]}[space]
+        space = "views" if sum(drawn for _, drawn in grids) >= SEVERAL else "volumes"
+        space = space if worth(volumes, grids, settings) else "slices"
+    if space == "views":
+        turned = lambda to: [(grid.along(to), drawn) for grid, drawn in grids]
+        return [slices, *(plan_along(to, "slices", turned(to), settings) for to in range(3) if to != axis)]
+    return [volumes if space == "volumes" else slices]
+
+
+def plan_along(axis, kind, grids, settings):
+    """The Plan of a kind for scans whose slices are taken along ``axis``.
+
+    Args:
+        grids: pairs of every scan's Grid and whether it has a mask. Slices of theirs lie along the same axis, but for
+            single slices, which keep their own.
+    """
+    spacing = np.median([grid.spacing for grid in labelled_of(grids)], axis=0)
+    extents = np.array([np.multiply(grid.slices, grid.spacing) for grid, _ in grids])
+    held = np.percentile(extents, HELD, axis=0, method="higher")  # mm
+    if kind == "volumes":
+        return plan_volumes(spacing, held, axis, settings.voxels)
+    return plan_slices(spacing, held, axis, settings.size)
+
+
+def labelled_of(grids):
+    """The Grids of scans with masks, or of all where there is none."""
+    return [grid for grid, drawn in grids if drawn] or [grid for grid, _ in grids]
 
 
 def majority(values):
@@ -160,8 +200,10 @@ def majority(values):
     return int(values[counts.argmax()])
 
 
-def worth(volumes, spacing, labelled, settings):
-    """Whether whole volumes are preferred: deep, slices close to one another, and small enough to be seen whole."""
+def worth(volumes, grids, settings):
+    """Whether scans are seen whole: they are deep, slices lie close to one another, and a network can see it all."""
+    labelled = labelled_of(grids)
+    spacing = np.median([grid.spacing for grid in labelled], axis=0)
     deep = np.median([grid.slices[0] for grid in labelled]) >= SHALLOW
     close = max(spacing) <= LONG * min(spacing)
     fine = max(now / before for now, before in zip(volumes.spacing, spacing)) <= COARSER
@@ -171,8 +213,10 @@ def worth(volumes, spacing, labelled, settings):
 def plan_slices(spacing, held, axis, longest):
     """Square pixels of the smaller of both spacings, or larger ones where the canvas would have a longer side."""
     pixel = max(min(spacing[1:]), max(held[1:]) / longest)
-    canvas = tuple(STEP * math.ceil(round(side / pixel) / STEP) for side in held[1:])
-    return Plan("slices", axis, (float(pixel),) * 2, canvas)
+    canvas = [STEP * math.ceil(round(side / pixel) / STEP) for side in held[1:]]
+    if max(canvas) == STEP:  # instance normalisation takes more than one pixel at the coarsest level
+        canvas[1] += STEP
+    return Plan("slices", axis, (float(pixel),) * 2, tuple(canvas))
 
 
 def plan_volumes(spacing, held, axis, most):
