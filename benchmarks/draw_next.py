@@ -23,7 +23,7 @@ from lib.results.tables import as_markdown
 from lib.runs import params
 
 POOL, DRAWN, MORE, SCORED = 40, 5, 5, 25
-CHANGES = "folder.method=fs+elastic", "folder.space=volumes", "volumes.training.steps=250"  # there are many networks
+CHANGES = "folder.method=fs+elastic", "folder.space=volumes", "volumes.training.steps=250"  # there are many to train
 RULES = {
     "draw_next": lambda table, rng: table.sort_values("draw_next"),
     "random": lambda table, rng: table.iloc[rng.permutation(len(table))],
