@@ -48,6 +48,10 @@ class Clock:
         self.last = now
         return self.seconds
 
+    def skip(self):
+        """What was done since the last reading does not count."""
+        self.last = time.monotonic(), time.process_time()
+
 
 class Fit(NamedTuple):
     """What training gives, besides the trained network."""
@@ -117,7 +121,7 @@ def fit(
             with the best score are kept; without it those of the last step.
         checks: how many times ``validate`` and ``watch`` are called, evenly spaced.
         after_step: called after every step, for averages of the weights that are part of ``network``.
-        watch: function of the network. The tensors that it gives are kept.
+        watch: function of the network. The tensors that it gives are kept. Its time does not count.
         parts: modules of the network. Each is validated by itself and ends with its own best weights.
 
     Returns:
@@ -189,7 +193,9 @@ def fit(
                     history[-1] |= dict(zip(columns, scores, strict=True))
                     best.update(network, scores)
                 if watch:
+                    clock.read()
                     watched.append((step + 1, watch(network)))
+                    clock.skip()
             if checkpoint and parallel.is_first() and (last or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
                 checkpoint.save(contents(step + 1))
                 saved_at = time.monotonic()

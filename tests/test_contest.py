@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib.results import contest
+from lib.results import contest, course
 from lib.runs import params
 
 GAIN = 0.05
@@ -163,3 +163,36 @@ def test_minutes_are_those_of_the_cpu_where_a_draw_ran_on_one():
     assert table["minutes"].to_dict() == {"bcp": 3.0, contest.OURS: 0.5}
     assert table["device"].to_dict() == {"bcp": "CPU (1 threads)", contest.OURS: "NVIDIA H100"}
     assert "0.5 (GPU)" in contest.markdown(table.reset_index())
+
+
+def courses(minutes=(1.0, 3.0), seeds=(1, 2)):
+    """fs+elastic rises from 0.80 to 0.86, joint+ from 0.78 to 0.90, in five looks; the second draw is 0.02 better."""
+    rows = []
+    for (method, first, last), each in zip(((contest.OURS, 0.78, 0.90), (contest.BASELINE, 0.80, 0.86)), minutes):
+        for seed in seeds:
+            for k in range(5):
+                dsc = first + (last - first) * k / 4 + 0.02 * (seed == 2)
+                rows.append([method, 5, seed, 10 * (k + 1), 160 * (k + 1), each * (k + 1), dsc])
+    return pd.DataFrame(rows, columns=course.COLUMNS)
+
+
+def test_the_time_to_a_mark_is_when_the_mean_of_the_draws_first_reaches_it():
+    means = course.of_draws(courses())
+    assert list(dict.fromkeys(means["method"])) == [contest.BASELINE, contest.OURS]  # as in the table of methods
+    times = course.passed(means, [0.80, 0.86, 0.95]).set_index("method")
+    assert times.loc[contest.OURS, ["0.80", "0.86"]].tolist() == [2.0, 4.0]
+    assert times.loc[contest.BASELINE, ["0.80", "0.86"]].tolist() == [3.0, 15.0]
+    assert times["0.95"].isna().all() and times["draws"].tolist() == [2, 2]
+    read = course.markdown(course.passed(means, [0.80, 0.95]))
+    assert "DSC 0.95" in read and "not reached" in read and "2.0" in read
+
+
+def test_the_course_of_every_method_is_drawn_with_the_marks_and_an_empty_one_says_so(tmp_path):
+    (axes,) = course.chart(course.of_draws(courses()), [0.85], "c").axes
+    drawn = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert set(drawn) == {contest.OURS, contest.BASELINE}
+    assert drawn[contest.OURS].get_ydata()[-1] == pytest.approx(0.91)
+    assert axes.lines[-1].get_ydata()[0] == 0.85 and axes.get_title() == "c, 5 labelled"
+    course.write_course(params.load(), tmp_path, "c")
+    assert "has been watched" in (tmp_path / "course.md").read_text() and (tmp_path / "course.png").exists()
+    assert pd.read_csv(tmp_path / "course.csv").columns.tolist() == course.COLUMNS

@@ -8,7 +8,7 @@ import torch
 from test_training import made_up_cohort, made_up_volumes
 
 from lib import augment, losses
-from lib.methods import table
+from lib.methods import table, watching
 from lib.methods.experiment import Experiment
 from lib.methods.mean_teacher import MeanTeacher
 from lib.methods.peers import bcp, consistency, joint_plus, neighbours, pairs, unimatch
@@ -17,6 +17,7 @@ from lib.methods.pretraining import pretrain_registration
 from lib.results import evaluation, grid
 from lib.runs import params
 from lib.runs.cabinet import Cabinet
+from lib.training import weights_digest
 
 PEERS = {stage.name: stage.peer for stage in table.stages() if stage.peer}
 
@@ -56,6 +57,41 @@ def test_labels_follow_their_pixels_when_images_are_pasted():
     inside = bcp.box(3, (16, 16), 0.6, draws())
     image, mask = bcp.paste(first, second, inside), bcp.paste(torch.ones_like(first), torch.zeros_like(first), inside)
     assert torch.equal(mask == 1, image == 0.25)
+
+
+def trained_with(trial, stage, watched):
+    """Train a stage anew, with or without looks at the test images: its weights, and the rows of its course."""
+    trial.settings.strong |= {"watched": watched}
+    trial.settings.strong.training |= {"steps": 20}
+    for file in params.work_folder("checkpoints", "x").parent.glob("*.pt"):
+        file.unlink()
+    trial.watch = watching.watcher(trial, stage)
+    network, _ = import_module(f"lib.methods.peers.{PEERS[stage]}").train(trial)
+    return weights_digest(network), watching.rows_of(trial, stage)
+
+
+@pytest.mark.parametrize("stage", ["bcp", "joint_plus"])
+def test_looks_at_the_test_images_change_no_training_and_end_with_the_score_of_the_table(trial, stage):
+    pretrain_registration(trial)
+    plain, none = trained_with(trial, stage, watched=False)
+    same, rows = trained_with(trial, stage, watched=True)
+    assert same == plain and len(none) == 0
+    assert rows["step"].tolist() == [10, 20] and rows["minutes"].is_monotonic_increasing
+    scores = evaluation.evaluate(trial, stage).per_image
+    assert rows["dsc"].iloc[-1] == pytest.approx(scores.groupby("subject")["dsc"].mean().mean(), abs=1e-6)
+
+
+def test_registration_counts_from_the_step_at_which_it_is_needed(trial):
+    trial.settings.strong.training |= {"steps": 40}
+    trial.cabinet.save({"watched": [(step, torch.tensor(0.5)) for step in (10, 20, 30, 40)]}, "joint_plus")
+    for name, seconds in (("joint_plus", 40), ("registration", 500), ("neighbours", 100)):
+        trial.note_cost(name, seconds)
+    assert (60 * watching.rows_of(trial, "joint_plus")["minutes"]).round().tolist() == [10, 20, 630, 640]
+
+
+def test_a_stage_that_watches_something_of_its_own_is_not_watched(trial):
+    trial.settings.strong |= {"watched": True}
+    assert watching.watcher(trial, "mean_teacher") is None and watching.watcher(trial, "bcp") is not None
 
 
 def test_of_every_mask_the_largest_component_is_kept():

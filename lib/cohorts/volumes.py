@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.cohorts.cohort import Cohort, min_max
+from lib.metrics import to_labels
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,25 @@ class VolumeCohort(Cohort):
         row, column, rows, columns = map(int, self.boxes[number])
         inside = F.interpolate(masks.float().cpu(), size=(rows, columns), mode="bilinear", align_corners=False)
         return F.pad(inside, (column, width - column - columns, row, height - row - rows))
+
+    def hard_volumes(self, masks, index):
+        """Predicted and true masks ``(1, classes, slices, height, width)`` of volumes at their original size.
+
+        Args:
+            masks: ``(slices, classes, size, size)`` in [0, 1], of the slices ``index``, which hold whole volumes.
+
+        Yields:
+            (position in ``index`` of the volume's first slice, predicted, true), for every volume.
+        """
+        for number, name in enumerate(self.names()):
+            position = np.flatnonzero(self.volumes[index] == name)
+            if len(position) == 0:
+                continue
+            truth = torch.as_tensor(self.original(number).astype(np.int64))
+            seen = self.restore(number, masks[position])
+            values = range(1, len(self.classes) + 1)
+            hard = [torch.stack([found == value for value in values])[None] for found in (to_labels(seen), truth)]
+            yield position[0], *hard
 
     def matches(self, index, sources):
         """For every slice: the slice of every volume among ``sources`` that lies nearest along the axis.

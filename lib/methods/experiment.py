@@ -33,6 +33,8 @@ class Experiment:
         data: cohorts.cohort.Tensors.
         cabinet: runs.cabinet.Cabinet, in which the stages keep their weights, checkpoints and costs.
         after_step: function that is called after every training step of recipe `strong`, for whoever shows progress.
+        watch: function of a network that gives a tensor, or None: called with the averaged network now and then while
+            recipe `strong` trains. Training is the same with and without it.
         whole: whether an image is a volume.
         strides: of the networks, see models.strides_of.
         pooled: whether the soft Dice loss of the segmentation is that of whole batches, see losses.soft_dice_loss.
@@ -44,6 +46,7 @@ class Experiment:
     def __init__(self, settings):
         self.settings = settings
         self.after_step = lambda: None
+        self.watch = None
         self.numerics = Numerics(settings.device, settings.precision, settings.deterministic)
         self.cabinet = Cabinet(settings, self.numerics)
         file = cohort_file(settings)

@@ -1,8 +1,8 @@
 """`python -m lib.results.contest`: the methods of recipe `strong` beside one another, from what the grid has finished.
 
-Writes contest.csv, contest.md, contest.png and contest_minutes.png to results/<cohort>/, and contest_ablation.csv and
-.md with the variants of a method. Intervals are over draws of labelled images and over test subjects together, so that
-they say what another draw and other subjects may bring.
+Writes contest.csv, contest.md, contest.png and contest_minutes.png to results/<cohort>/, contest_ablation.csv and .md
+with the variants of a method, and what results.course has to say. Intervals are over draws of labelled images and over
+test subjects together, so that they say what another draw and other subjects may bring.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import pandas as pd
 
 from lib.methods.table import by_name
 from lib.results import grid
+from lib.results.course import write_course
 from lib.results.figures.charts import write
 from lib.results.statistics import FURTHER, average_classes, tested_split
 from lib.results.tables import as_markdown, figure
@@ -306,6 +307,7 @@ def main():
     (results / "contest.md").write_text(markdown(table))
     write(chart(table), results / "contest.png")
     write(chart_minutes(table), results / "contest_minutes.png")
+    write_course(settings, results, table["cohort"].iloc[0] if len(table) else settings.cohort)
     print(markdown(table))
 
 

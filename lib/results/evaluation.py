@@ -10,7 +10,7 @@ import torch
 
 from lib.cohorts.splitting import TESTED
 from lib.methods import table
-from lib.metrics import dice, harden, hausdorff, to_labels
+from lib.metrics import dice, harden, hausdorff
 from lib.pseudo_masks import mean_confidence
 from lib.results.calibration import reliability
 from lib.results.statistics import FURTHER
@@ -49,18 +49,8 @@ def score_volumes(cohort, masks, index):
         pandas.DataFrame with columns image (position in ``index`` of the volume's first slice), class, dsc, hd,
         hd95 and empty.
     """
-    frames = []
-    for number, name in enumerate(cohort.names()):
-        position = np.flatnonzero(cohort.volumes[index] == name)
-        if len(position) == 0:
-            continue
-        truth = torch.as_tensor(cohort.original(number).astype(np.int64))
-        seen = cohort.restore(number, masks[position])
-        hard = [
-            torch.stack([found == value for value in range(1, len(cohort.classes) + 1)])[None]
-            for found in (to_labels(seen), truth)
-        ]
-        frames.append(score(*hard, cohort.classes).assign(image=position[0]))
+    pairs = cohort.hard_volumes(masks, index)
+    frames = [score(seen, truth, cohort.classes).assign(image=first) for first, seen, truth in pairs]
     return pd.concat(frames, ignore_index=True)
 
 

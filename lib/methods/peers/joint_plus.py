@@ -119,8 +119,10 @@ def train(experiment):
 
 
 def save(experiment, network, begun, found):
-    """Save the network, with the time of both parts: (ResidualUNet, Fit), as ``train``."""
-    found = found._replace(seconds=begun.seconds + found.seconds)
+    """Save the network, with the time of both parts and what was watched: (ResidualUNet, Fit), as ``train``."""
+    steps = len(begun.history)
+    watched = [*begun.watched, *((steps + step, seen) for step, seen in found.watched)]
+    found = found._replace(seconds=begun.seconds + found.seconds, watched=watched)
     save_network(experiment, "joint_plus", network, found)
     return network, found
 

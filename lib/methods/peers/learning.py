@@ -165,6 +165,7 @@ def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None, start
         checkpoint=experiment.cabinet.checkpoint(key),
         validate=(lambda trained: validation_dice(experiment, trained.teacher)) if chosen else None,
         after_step=after_step,
+        watch=(lambda trained: experiment.watch(trained.teacher)) if experiment.watch else None,
     )
     return networks.teacher, found
 
