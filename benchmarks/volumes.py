@@ -87,8 +87,12 @@ def by_ants(fuse):
 
 WAYS = {
     "make segment": by_segment(),
+    "make segment, bcp": by_segment("folder.method=bcp"),
+    "make segment, fs+elastic": by_segment("folder.method=fs+elastic"),
     "make segment, slices": by_segment("folder.space=slices", "folder.size=64"),
+    "make segment, slices, bcp": by_segment("folder.space=slices", "folder.size=64", "folder.method=bcp"),
     "make segment, volumes": by_segment("folder.space=volumes"),
+    "make segment, volumes, fs+elastic": by_segment("folder.space=volumes", "folder.method=fs+elastic"),
     "make segment, joint+": by_segment("folder.method=joint+"),
     "make segment, volumes, joint+": by_segment("folder.space=volumes", "folder.method=joint+"),
     "ANTs SyN, majority vote": by_ants(ants.majority),

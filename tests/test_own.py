@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +24,7 @@ from lib.scans import cases, review
 from lib.scans import segment as own
 from lib.scans.networks import applying
 from lib.scans.networks.model_file import load_model, save_model
-from lib.scans.networks.training import fold_settings, score_case
+from lib.scans.networks.training import fold_settings, method_for, score_case
 from lib.scans.reading.folder import find_cases, read_case
 from lib.scans.reading.intake import take_in
 from lib.scans.reading.planning import Plan, plans_of
@@ -160,13 +161,31 @@ def test_below_ten_labelled_subjects_all_masks_train_and_halves_say_what_confide
     assert not masked[0].all() and masked[1].all() and masked[2].all()  # unlabelled scans train the network alone
 
 
-@pytest.mark.parametrize("method, stage", [("bcp", "bcp"), ("joint+", "joint_plus"), ("fs+elastic", "elastic")])
+@pytest.mark.parametrize(
+    "method, stage", [("auto", "bcp"), ("bcp", "bcp"), ("joint+", "joint_plus"), ("fs+elastic", "elastic")]
+)
 def test_the_method_that_is_named_trains_and_only_joint_plus_registers(tmp_path, monkeypatch, method, stage):
     settings = settings_for(fill(tmp_path, labelled=1), monkeypatch, method=method)
     settings.strong.training |= {"steps": 4}
     assert (own.segment_folder(settings)["status"] == "done").all()
     trained = {file.parent.name for file in (tmp_path / "out" / "work" / "models").rglob("network.pt")}
     assert trained == {stage} | ({"strong"} if method == "joint+" else set())  # of the registration the recipe
+
+
+@pytest.mark.parametrize(
+    "wanted, labelled, unlabelled, number, method",
+    [
+        ("auto", 49, 9, 0, "bcp"),
+        ("auto", 50, 9, 0, "fs+elastic"),
+        ("auto", 5, 0, 0, "fs+elastic"),
+        ("bcp", 50, 9, 0, "bcp"),
+        ("joint+", 50, 9, 0, "joint+"),
+        ("joint+", 50, 9, 1, "fs+elastic"),
+    ],
+)
+def test_unlabelled_images_train_only_where_labelled_ones_are_few(wanted, labelled, unlabelled, number, method):
+    data = SimpleNamespace(labelled=range(labelled), unlabelled=range(unlabelled))
+    assert method_for(data, wanted, number) == method
 
 
 def test_quick_networks_take_fewer_steps_and_memory_that_is_short_smaller_batches(monkeypatch, tmp_path):

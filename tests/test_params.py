@@ -28,7 +28,7 @@ def test_overrides_reach_the_setting(monkeypatch):
         ("folder.size=big", "size 'big'.*has: size: 128"),
         ("folder.size=0", "folder.size 0"),
         ("folder.axis=3", "folder.axis 3"),
-        ("folder.method=unimatch", "fs.elastic, bcp, joint"),
+        ("folder.method=unimatch", "auto, fs.elastic, bcp, joint"),
         ("folder.review=high", "review 'high'"),
         ("strong.bcp.one_piece=7", "one_piece '7'"),
         ("strong.selection=test", "selection 'test'"),

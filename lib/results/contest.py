@@ -23,6 +23,7 @@ from lib.runs import params
 RESAMPLES = 2000
 SELECTIONS = {"": "none", "chosen by validation": "validation", "validation masks train": "training"}  # by variant
 OURS = "joint+"
+SPAN = 0.03  # DSC that the vertical axis of a chart shows at least
 BASELINE = "fs+elastic"
 SCORED = ["cohort", "method", "n_labelled", "seed", "variant", "subject", "class", "dsc", "hd95", "minutes", "device"]
 ABLATED = [
@@ -279,7 +280,8 @@ def chart_minutes(table):
     methods = table.groupby("n_labelled")["method"].nunique()
     labels, named = sorted(methods.index[methods > 1]), {}
     count = max(1, len(labels))
-    figure, panels = plt.subplots(1, count, figsize=(1.5 + 4 * count, 4), layout="constrained", squeeze=False)
+    size = (1.5 + 3 * count, 3.6)
+    figure, panels = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False, sharex=True)
     for axes, labelled in zip(panels.flat, labels):
         rows = table[table["n_labelled"] == labelled].set_index("method")
         for method in (name for name in by_name() if name in rows.index):
@@ -287,9 +289,13 @@ def chart_minutes(table):
             value = rows.loc[BASELINE, "dsc_mean"] + (0 if method == BASELINE else row["baseline_difference"])
             inside = colour if row["device"].startswith("CPU") else "none"
             (named[method],) = axes.plot(row["minutes"], value, "o", c=colour, mfc=inside, ms=9, mew=2, label=method)
-        axes.set(xscale="log", xlabel="minutes (filled: one CPU core, hollow: GPU)", title=f"{labelled} labelled")
+        axes.set(xscale="log", title=f"{labelled} labelled")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(0.1)
+        low, high = axes.get_ylim()
+        spare = max(0, SPAN - (high - low)) / 2  # small differences are to look small
+        axes.set_ylim(low - spare, high + spare)
+    figure.supxlabel("minutes of training (filled: on one CPU core, hollow: on a GPU)", fontsize=10)
     panels[0, 0].set_ylabel(f"DSC of {BASELINE}, plus the difference\non the same draws")
     figure.legend(handles=list(named.values()), loc="outside right upper", fontsize=8)
     return figure

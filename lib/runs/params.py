@@ -17,7 +17,7 @@ CHOICES = {
     "scale": ("smoke", "cpu", "paper"),
     "precision": ("auto", "bfloat16", "float32"),
 }
-OWN_METHODS = ("fs+elastic", "bcp", "joint+")  # that may segment a user's own scans
+OWN_METHODS = ("auto", "fs+elastic", "bcp", "joint+")  # that may segment a user's own scans
 CONTROLS = ("none", "random", "unmoved", "forced", "teacher")  # of joint+, see neighbours.find_neighbours
 SPACES = ("auto", "slices", "volumes", "views")  # how they are seen
 SMALLEST = 16  # pixels, the side of slices in which there is anything to see after four halvings

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from lib import DataError
 from lib.augment import light, place
@@ -45,6 +46,7 @@ from lib.scans.reading.store import images_of
 
 DEGRADED = "rotation", "scaling", "shift", "gamma", "contrast", "brightness", "blur", "noise"
 METHODS = {"fs+elastic": elastic, "bcp": bcp, "joint+": joint_plus}  # that folder.method may name
+MANY = 50  # labelled images, from which unlabelled ones bring nothing: see docs/contest.md and docs/own-scans.md
 SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
@@ -163,11 +165,29 @@ def train_fold(settings, store, intake, number, held_out, done, divisor=1):
     experiment = Experiment(own)
     experiment.numerics.share = 1 / divisor
     experiment.after_step = partial(done, step_takes(own.strong.training, store.plan))
-    method = METHODS[settings.folder.method] if len(experiment.data.unlabelled) and not number else elastic
-    if method is joint_plus:
+    data = experiment.data
+    method = method_for(data, settings.folder.method, number)
+    if not number:
+        seen = f"{store.plan.in_words}: {len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled"
+        tqdm.write(f"{seen}; trained by {method}, change it by folder.method")
+    if method == "joint+":
         pretrain_registration(experiment)
-    network, _ = method.train(experiment)
+    network, _ = METHODS[method].train(experiment)
     return network, experiment.numerics, experiment.origin
+
+
+def method_for(data, wanted, number):
+    """The method that trains a network, one of METHODS; see ``train_fold``.
+
+    Args:
+        data: cohorts.cohort.Tensors of its images.
+        wanted: folder.method. By ``auto`` unlabelled images train too where labelled ones are few.
+    """
+    if number or not len(data.unlabelled):
+        return "fs+elastic"
+    if wanted != "auto":
+        return wanted
+    return "bcp" if len(data.labelled) < MANY else "fs+elastic"
 
 
 def fold_settings(settings, plan, number, divisor=1):
