@@ -98,7 +98,7 @@ WAYS = {
     "ANTs SyN, majority vote": by_ants(ants.majority),
     "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),
 }
-OURS = "make segment", "make segment, slices", "make segment, volumes"
+OURS = "make segment", "make segment, bcp", "make segment, volumes"
 
 
 def labels_in(file):
