@@ -91,7 +91,10 @@ def test_registration_counts_from_the_step_at_which_it_is_needed(trial):
 
 def test_a_stage_that_watches_something_of_its_own_is_not_watched(trial):
     trial.settings.strong |= {"watched": True}
-    assert watching.watcher(trial, "mean_teacher") is None and watching.watcher(trial, "bcp") is not None
+    assert watching.watcher(trial, "bcp") is not None
+    trial.cabinet.save({"watched": [(1, {"dsc": torch.zeros(2)})]}, "cctr")
+    for stage in ("mean_teacher", "cctr"):
+        assert watching.watcher(trial, stage) is None and len(watching.rows_of(trial, stage)) == 0
 
 
 def test_of_every_mask_the_largest_component_is_kept():

@@ -16,6 +16,11 @@ FILE = "course.csv"  # of an item of the grid, and of a cohort
 COLUMNS = ["method", "n_labelled", "seed", "step", "images_seen", "minutes", "dsc"]
 
 
+def own_course(stage):
+    """Whether a Stage of recipe `strong` is watched by ``watcher``, and nothing else of it is."""
+    return bool(stage.peer) and not stage.watched
+
+
 def watcher(experiment, stage):
     """What to make ``experiment.watch``: DSC of the test images by a network, a tensor of one number.
 
@@ -24,7 +29,7 @@ def watcher(experiment, stage):
     Args:
         stage: name of one of methods.table.
     """
-    if not experiment.settings.strong.watched or table.by_stage(stage).watched:
+    if not experiment.settings.strong.watched or not own_course(table.by_stage(stage)):
         return None
     return lambda network: torch.tensor(test_dice(experiment, network))
 
@@ -49,7 +54,7 @@ def rows_of(experiment, stage):
     """
     settings, cabinet = experiment.settings, experiment.cabinet
     of = table.by_stage(stage)
-    watched = cabinet.load(stage).get("watched", []) if not of.watched else []
+    watched = cabinet.load(stage).get("watched", []) if own_course(of) else []
     if not watched:
         return pd.DataFrame(columns=COLUMNS)
     seconds = lambda name: json.loads(cabinet.cost_file(name).read_text())["seconds"]
