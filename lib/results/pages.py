@@ -49,7 +49,8 @@ def headline():
         for n, rows in table[chosen & ~table["method"].isin(LEFT_OUT)].groupby("n_labelled"):
             if len(rows) < 2:
                 continue
-            name = f"{table['cohort'].iloc[0]}, {n} {counted}{'s' if n > 1 else ''}"
+            short = table["cohort"].iloc[0].split(" (")[0]
+            name = f"{short}, {n} {counted}{'s' if n > 1 else ''}"
             columns[name] = {row["method"]: scored(row) for _, row in rows.iterrows()}
     table = pd.DataFrame(columns).reindex(list(by_name())).dropna(how="all").fillna("")
     return table.rename_axis("DSC").reset_index().to_markdown(index=False, disable_numparse=True)
