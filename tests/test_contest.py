@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib.methods import table as methods
 from lib.results import contest, course
 from lib.runs import params
 
@@ -173,7 +174,7 @@ def courses(minutes=(1.0, 3.0), seeds=(1, 2)):
             for k in range(5):
                 dsc = first + (last - first) * k / 4 + 0.02 * (seed == 2)
                 rows.append([method, 5, seed, 10 * (k + 1), 160 * (k + 1), each * (k + 1), dsc])
-    return pd.DataFrame(rows, columns=course.COLUMNS)
+    return pd.DataFrame(rows, columns=methods.COURSE_COLUMNS)
 
 
 def test_the_time_to_a_mark_is_when_the_mean_of_the_draws_first_reaches_it():
@@ -195,4 +196,4 @@ def test_the_course_of_every_method_is_drawn_with_the_marks_and_an_empty_one_say
     assert axes.lines[-1].get_ydata()[0] == 0.85 and axes.get_title() == "c, 5 labelled"
     course.write_course(params.load(), tmp_path, "c")
     assert "has been watched" in (tmp_path / "course.md").read_text() and (tmp_path / "course.png").exists()
-    assert pd.read_csv(tmp_path / "course.csv").columns.tolist() == course.COLUMNS
+    assert pd.read_csv(tmp_path / "course.csv").columns.tolist() == methods.COURSE_COLUMNS

@@ -89,11 +89,11 @@ def test_registration_counts_from_the_step_at_which_it_is_needed(trial):
     assert (60 * watching.rows_of(trial, "joint_plus")["minutes"]).round().tolist() == [10, 20, 630, 640]
 
 
-def test_a_stage_that_watches_something_of_its_own_is_not_watched(trial):
+def test_other_stages_are_not_watched(trial):
     trial.settings.strong |= {"watched": True}
     assert watching.watcher(trial, "bcp") is not None
     trial.cabinet.save({"watched": [(1, {"dsc": torch.zeros(2)})]}, "cctr")
-    for stage in ("mean_teacher", "cctr"):
+    for stage in ("mean_teacher", "cctr", "self_training", "joint"):
         assert watching.watcher(trial, stage) is None and len(watching.rows_of(trial, stage)) == 0
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from lib.runs import versions
 
+COURSE = "course.csv"  # what methods.watching notes of an item of the contest; and of a cohort
+COURSE_COLUMNS = ["method", "n_labelled", "seed", "step", "images_seen", "minutes", "dsc"]
 PEERS = "12_peers"  # the notebook in which most methods of recipe `strong` are trained
 
 

@@ -12,24 +12,18 @@ from lib.methods import table
 from lib.methods.pretraining import segment
 from lib.metrics import dice, harden
 
-FILE = "course.csv"  # of an item of the grid, and of a cohort
-COLUMNS = ["method", "n_labelled", "seed", "step", "images_seen", "minutes", "dsc"]
-
-
-def own_course(stage):
-    """Whether a Stage of recipe `strong` is watched by ``watcher``, and nothing else of it is."""
-    return bool(stage.peer) and not stage.watched
+STAGES = "segmentation", "elastic", "bcp", "joint_plus"  # that are watched: a baseline, the best peer, and ours
 
 
 def watcher(experiment, stage):
     """What to make ``experiment.watch``: DSC of the test images by a network, a tensor of one number.
 
-    None where setting ``strong.watched`` is false, and for a stage that watches something of its own.
+    None where setting ``strong.watched`` is false, and for other stages than STAGES.
 
     Args:
         stage: name of one of methods.table.
     """
-    if not experiment.settings.strong.watched or not own_course(table.by_stage(stage)):
+    if not experiment.settings.strong.watched or stage not in STAGES:
         return None
     return lambda network: torch.tensor(test_dice(experiment, network))
 
@@ -48,15 +42,15 @@ def test_dice(experiment, network):
 
 
 def rows_of(experiment, stage):
-    """What was watched while a stage was trained: a frame with COLUMNS, without rows where nothing was.
+    """What was watched while a stage was trained: a frame with table.COURSE_COLUMNS, without rows where nothing was.
 
     Minutes are those of all that the method had done by then. Registration counts from the step at which it is needed.
     """
     settings, cabinet = experiment.settings, experiment.cabinet
     of = table.by_stage(stage)
-    watched = cabinet.load(stage).get("watched", []) if own_course(of) else []
+    watched = cabinet.load(stage)["watched"] if stage in STAGES else []
     if not watched:
-        return pd.DataFrame(columns=COLUMNS)
+        return pd.DataFrame(columns=table.COURSE_COLUMNS)
     seconds = lambda name: json.loads(cabinet.cost_file(name).read_text())["seconds"]
     training, needs = settings.strong.training, sum(map(seconds, of.needs("strong")))
     alone = training.steps * settings.strong.get(stage, {}).get("pretraining", 0)
@@ -66,4 +60,4 @@ def rows_of(experiment, stage):
     for step, seen in watched:
         took = seconds(stage) * step / training.steps + needs * (step > alone)
         rows.append([method, labelled, settings.seed, step, step * training.batch, took / 60, float(seen)])
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=table.COURSE_COLUMNS)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from lib.methods.table import by_name
 from lib.results import grid
-from lib.results.course import write_course
+from lib.results.course import ONE_CORE, write_course
 from lib.results.figures.charts import write
 from lib.results.statistics import FURTHER, average_classes, tested_split
 from lib.results.tables import as_markdown, figure
@@ -160,9 +160,11 @@ def gain(scores, others):
 
 
 def cost(rows):
-    """Minutes of the fastest draw of a method and the device it ran on: a CPU, where one of the draws did."""
-    on_cpu = rows[rows["device"].str.startswith("CPU")]
-    rows = on_cpu if len(on_cpu) else rows
+    """Minutes of the fastest draw of a method and the device it ran on: one core, or a CPU, where a draw did."""
+    for kind in (ONE_CORE, "CPU"):
+        if (on_it := rows["device"].str.startswith(kind)).any():
+            rows = rows[on_it]
+            break
     return {"minutes": rows["minutes"].min(), "device": rows["device"].mode()[0]}
 
 

@@ -3,21 +3,27 @@
 ``python -m lib.results.contest`` writes course.csv, course.md and course.png to results/<cohort>/.
 """
 
+import json
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from lib.methods import table
-from lib.methods.watching import COLUMNS, FILE
 from lib.results import grid
 from lib.results.figures.charts import write
 from lib.results.tables import as_markdown, figure
 
+ONE_CORE = "CPU (1 threads)"  # of item.json: minutes on more cores, or on a GPU, cannot be compared with it
+
 
 def collect(settings):
-    """The rows of all finished items of the contest that were watched: a frame with COLUMNS."""
-    files = [folder / FILE for folder in grid.finished(settings)]
-    frames = [pd.read_csv(file) for file in files if file.exists()]
-    return pd.concat([pd.DataFrame(columns=COLUMNS), *frames], ignore_index=True).infer_objects()
+    """The rows of all finished items that were watched on one core: a frame with table.COURSE_COLUMNS."""
+    frames = []
+    for folder in grid.finished(settings):
+        item = json.loads((folder / "item.json").read_text())
+        if (folder / table.COURSE).exists() and not item["variant"] and item["device"] == ONE_CORE:
+            frames.append(pd.read_csv(folder / table.COURSE))
+    return pd.concat([pd.DataFrame(columns=table.COURSE_COLUMNS), *frames], ignore_index=True).infer_objects()
 
 
 def of_draws(rows):
@@ -78,6 +84,6 @@ def write_course(settings, results, title):
     """Write course.csv, course.md and course.png of a cohort to the folder ``results``; ``title``: of the cohort."""
     rows, marks = collect(settings), settings.contest.marks.get(settings.cohort, [])
     means = of_draws(rows)
-    rows.round(4).to_csv(results / FILE, index=False)
+    rows.round(4).to_csv(results / table.COURSE, index=False)
     (results / "course.md").write_text(markdown(passed(means, marks)))
     write(chart(means, marks, title), results / "course.png")

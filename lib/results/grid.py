@@ -178,7 +178,11 @@ def execute(notebook, item, settings, threads, **values):
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if item.stage:
-        changes = os.environ.get("JOINT_SET"), f"precision={settings.contest.precision}", "strong.watched=true"
+        changes = (
+            os.environ.get("JOINT_SET"),
+            f"precision={settings.contest.precision}",
+            "strong.watched=true" * (not item.variant),
+        )
         environment["JOINT_SET"] = ",".join(filter(None, changes))
     values = {"cohort": settings.cohort, "recipe": item.recipe, "rate": item.rate, "seed": item.seed, **values}
     if item.variant:

@@ -16,7 +16,7 @@ from lib.runs.versions import NUMERICS, PREDICTED_DSC, STRONG, fingerprint
 from lib.scans.cases import digests, files_of, segmented, workers
 from lib.scans.drawing_next import draw_next
 from lib.scans.networks.model_file import load_model, save_model
-from lib.scans.networks.training import fold_settings, seen_by, train
+from lib.scans.networks.training import MANY, fold_settings, seen_by, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
 from lib.scans.reading.folder import find_cases
 from lib.scans.reading.intake import chosen_images, folds_of, subjects_of, take_in
@@ -206,7 +206,7 @@ def trained(settings, stores, intake, output, progress):
     if plans[0].space == "volumes":
         relevant["volumes"] = settings.volumes
     seen, names = [list(plan) for plan in plans], [case.name for case in intake.cases]
-    key = fingerprint(relevant, options, seen, prints, names, NUMERICS, STRONG)
+    key = fingerprint(relevant, options, seen, prints, names, NUMERICS, STRONG, MANY)
     file = output / "model.safetensors"
     try:
         model = load_model(file)

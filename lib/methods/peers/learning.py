@@ -14,6 +14,7 @@ from lib.methods.pretraining import save_network, segment, validation_dice
 from lib.runs.versions import STRONG, fingerprint
 from lib.training import draw_indices, fit, weights_digest
 
+CHECKS = 20  # looks at the network in a whole training, see training.fit
 SEEDS = ("fair",)  # the word that seeds all draws of the recipe
 
 
@@ -147,6 +148,7 @@ def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None, start
         experiment.data.labelled.tolist(),
         list(depends),
         settings.selection,
+        *["watched"] * bool(experiment.watch),  # what was begun without it would lack the first looks
     )
 
     def after_step():
@@ -166,6 +168,7 @@ def learn(experiment, stage, batch_loss, depends=(), part=1.0, label=None, start
         validate=(lambda trained: validation_dice(experiment, trained.teacher)) if chosen else None,
         after_step=after_step,
         watch=(lambda trained: experiment.watch(trained.teacher)) if experiment.watch else None,
+        checks=CHECKS if chosen else max(1, round(CHECKS * part)),
     )
     return networks.teacher, found
 

@@ -169,7 +169,7 @@ def train_fold(settings, store, intake, number, held_out, done, divisor=1):
     method = method_for(data, settings.folder.method, number)
     if not number:
         seen = f"{store.plan.in_words}: {len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled"
-        tqdm.write(f"{seen}; trained by {method}, change it by folder.method")
+        tqdm.write(f"{seen}; trained by {method}" + ", change it by folder.method" * bool(len(data.unlabelled)))
     if method == "joint+":
         pretrain_registration(experiment)
     network, _ = METHODS[method].train(experiment)
