@@ -40,7 +40,7 @@ def wait_until(true):
 
 
 def run_whole(settings):
-    """Run the item without a disturbance: (its files by name, but for the one that holds the minutes; its notebook).
+    """Run the item without a disturbance: (its results without what it took; its notebook).
 
     Everything is removed again.
     """

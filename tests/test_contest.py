@@ -188,6 +188,12 @@ def test_the_time_to_a_mark_is_when_the_mean_of_the_draws_first_reaches_it():
     assert "DSC 0.95" in read and "not reached" in read and "2.0" in read
 
 
+def test_a_draw_that_one_method_lacks_does_not_count_in_the_course_of_the_others():
+    rows = courses()
+    means = course.of_draws(rows[(rows["method"] == contest.OURS) | (rows["seed"] == 1)])
+    assert set(means["draws"]) == {1} and means["dsc"].max() == pytest.approx(0.90)
+
+
 def test_the_course_of_every_method_is_drawn_with_the_marks_and_an_empty_one_says_so(tmp_path):
     (axes,) = course.chart(course.of_draws(courses()), [0.85], "c").axes
     drawn = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}

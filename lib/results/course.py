@@ -27,7 +27,9 @@ def collect(settings):
 
 
 def of_draws(rows):
-    """Means over the draws: a frame with method, n_labelled, step, minutes, dsc and draws."""
+    """Means over the draws that all methods have: a frame with method, n_labelled, step, minutes, dsc and draws."""
+    by_label = rows.groupby("n_labelled")["method"].transform("nunique")
+    rows = rows[rows.groupby(["n_labelled", "seed"])["method"].transform("nunique") == by_label]
     grouped = rows.groupby(["method", "n_labelled", "step"], as_index=False)
     means = grouped.agg(minutes=("minutes", "mean"), dsc=("dsc", "mean"), draws=("seed", "nunique"))
     means["method"] = pd.Categorical(means["method"], table.by_name())  # in the order of the table
