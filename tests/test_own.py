@@ -173,19 +173,21 @@ def test_the_method_that_is_named_trains_and_only_joint_plus_registers(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "wanted, labelled, unlabelled, number, method",
+    "wanted, labelled, unlabelled, whole, number, method",
     [
-        ("auto", 49, 9, 0, "bcp"),
-        ("auto", 50, 9, 0, "fs+elastic"),
-        ("auto", 5, 0, 0, "fs+elastic"),
-        ("bcp", 50, 9, 0, "bcp"),
-        ("joint+", 50, 9, 0, "joint+"),
-        ("joint+", 50, 9, 1, "fs+elastic"),
+        ("auto", 49, 9, False, 0, "bcp"),
+        ("auto", 50, 9, False, 0, "fs+elastic"),
+        ("auto", 4, 9, True, 0, "bcp"),
+        ("auto", 5, 9, True, 0, "fs+elastic"),
+        ("auto", 4, 0, True, 0, "fs+elastic"),
+        ("bcp", 50, 9, False, 0, "bcp"),
+        ("joint+", 50, 9, False, 0, "joint+"),
+        ("joint+", 50, 9, False, 1, "fs+elastic"),
     ],
 )
-def test_unlabelled_images_train_only_where_labelled_ones_are_few(wanted, labelled, unlabelled, number, method):
+def test_unlabelled_images_train_only_where_labelled_ones_are_few(wanted, labelled, unlabelled, whole, number, method):
     data = SimpleNamespace(labelled=range(labelled), unlabelled=range(unlabelled))
-    assert method_for(data, wanted, number) == method
+    assert method_for(SimpleNamespace(data=data, whole=whole), wanted, number) == method
 
 
 def test_quick_networks_take_fewer_steps_and_memory_that_is_short_smaller_batches(monkeypatch, tmp_path):

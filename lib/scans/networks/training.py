@@ -42,11 +42,12 @@ from lib.scans.reading.intake import (
     folds_of,
     subjects_of,
 )
+from lib.scans.reading.planning import SEVERAL
 from lib.scans.reading.store import images_of
 
 DEGRADED = "rotation", "scaling", "shift", "gamma", "contrast", "brightness", "blur", "noise"
 METHODS = {"fs+elastic": elastic, "bcp": bcp, "joint+": joint_plus}  # that folder.method may name
-MANY = 50  # labelled images, from which unlabelled ones bring nothing: see docs/contest.md and docs/own-scans.md
+MANY = 50  # labelled slices, from which unlabelled ones bring nothing: see docs/contest.md; of volumes SEVERAL
 SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
@@ -166,7 +167,7 @@ def train_fold(settings, store, intake, number, held_out, done, divisor=1):
     experiment.numerics.share = 1 / divisor
     experiment.after_step = partial(done, step_takes(own.strong.training, store.plan))
     data = experiment.data
-    method = method_for(data, settings.folder.method, number)
+    method = method_for(experiment, settings.folder.method, number)
     if not number:
         seen = f"{store.plan.in_words}: {len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled"
         tqdm.write(f"{seen}; trained by {method}" + ", change it by folder.method" * bool(len(data.unlabelled)))
@@ -176,18 +177,18 @@ def train_fold(settings, store, intake, number, held_out, done, divisor=1):
     return network, experiment.numerics, experiment.origin
 
 
-def method_for(data, wanted, number):
+def method_for(experiment, wanted, number):
     """The method that trains a network, one of METHODS; see ``train_fold``.
 
     Args:
-        data: cohorts.cohort.Tensors of its images.
+        experiment: Experiment of its images.
         wanted: folder.method. By ``auto`` unlabelled images train too where labelled ones are few.
     """
-    if number or not len(data.unlabelled):
+    if number or not len(experiment.data.unlabelled):
         return "fs+elastic"
     if wanted != "auto":
         return wanted
-    return "bcp" if len(data.labelled) < MANY else "fs+elastic"
+    return "bcp" if len(experiment.data.labelled) < (SEVERAL if experiment.whole else MANY) else "fs+elastic"
 
 
 def fold_settings(settings, plan, number, divisor=1):
