@@ -76,7 +76,7 @@ def chart(means, marks, title):
             axes.axhline(mark, color="0.6", lw=1, ls=":")
         top = means.loc[means["n_labelled"] == labelled, "dsc"].max()
         axes.set(xlabel="minutes on one CPU core", title=f"{title}, {labelled} labelled")
-        axes.set_ylim(max(0, min(marks, default=top) - 0.1), top + 0.01)  # the first looks are far below
+        axes.set_ylim(max(0, min(marks, default=top) - 0.02), top + 0.005)  # the first looks are far below
     panels[0, 0].set_ylabel("DSC of the test images")
     drawn.legend(handles=list(lines.values()), loc="outside right upper", fontsize=8)
     return drawn
