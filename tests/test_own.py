@@ -23,8 +23,9 @@ from lib.runs import cluster, params
 from lib.scans import cases, review
 from lib.scans import segment as own
 from lib.scans.networks import applying
+from lib.scans.networks.measuring import score_case
 from lib.scans.networks.model_file import load_model, save_model
-from lib.scans.networks.training import fold_settings, method_for, score_case
+from lib.scans.networks.training import fold_settings, method_for
 from lib.scans.reading.folder import find_cases, read_case
 from lib.scans.reading.intake import take_in
 from lib.scans.reading.planning import Plan, plans_of

@@ -17,8 +17,8 @@ from lib.metrics import dice
 from lib.models import ResidualUNet
 from lib.runs import params
 from lib.scans.networks.applying import FAINT, FEW, Confidence, masks_of, soft_masks
+from lib.scans.networks.measuring import Space
 from lib.scans.networks.model_file import Model
-from lib.scans.networks.training import Space
 from lib.scans.reading.folder import find_cases
 from lib.scans.reading.planning import Plan, plans_of
 

@@ -12,8 +12,8 @@ from lib.compute import Numerics
 from lib.models import ResidualUNet
 from lib.scans import segment as own
 from lib.scans.networks.applying import FEW, segment
+from lib.scans.networks.measuring import measure
 from lib.scans.networks.model_file import Model, load_model, plans_in, save_model
-from lib.scans.networks.training import measure
 from lib.scans.reading.intake import build, chosen_images, take_in
 from lib.scans.reading.planning import plans_of
 from lib.scans.reading.store import Store
