@@ -91,6 +91,7 @@ WAYS = {
     "make segment, fs+elastic": by_segment("folder.method=fs+elastic"),
     "make segment, slices": by_segment("folder.space=slices", "folder.size=64"),
     "make segment, slices, bcp": by_segment("folder.space=slices", "folder.size=64", "folder.method=bcp"),
+    "make segment, views, fs+elastic": by_segment("folder.space=views", "folder.method=fs+elastic"),
     "make segment, volumes": by_segment("folder.space=volumes"),
     "make segment, volumes, bcp": by_segment("folder.space=volumes", "folder.method=bcp"),
     "make segment, volumes, fs+elastic": by_segment("folder.space=volumes", "folder.method=fs+elastic"),

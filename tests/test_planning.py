@@ -20,7 +20,7 @@ from lib.scans.networks.applying import FAINT, FEW, Confidence, masks_of, soft_m
 from lib.scans.networks.measuring import Space
 from lib.scans.networks.model_file import Model
 from lib.scans.reading.folder import find_cases
-from lib.scans.reading.planning import Plan, plans_of
+from lib.scans.reading.planning import SEVERAL, Plan, plans_of
 
 
 def folder_of(folder, scans, drawn=1):
@@ -88,7 +88,7 @@ def test_views_are_slices_of_all_directions_of_the_same_scans(tmp_path, monkeypa
     assert found[1].title == "sagittal slices of 32 x 32 pixels of 1.25 x 1.25 mm"
     several = settings_for(folder_of(tmp_path / "several", scans * 5, drawn=5), monkeypatch).folder
     cases = find_cases(several.images, several.masks)
-    for count, views in (5, ["axial", "sagittal", "coronal"]), (4, ["volumes"]):
+    for count, views in (SEVERAL, ["axial", "sagittal", "coronal"]), (SEVERAL - 1, ["volumes"]):
         drawn = [case._replace(mask=case.mask if k < count else None) for k, case in enumerate(cases)]
         assert [plan.view for plan in plans_of(several, drawn)] == views
     with pytest.raises(DataError, match="holds single slices: set folder.space"):

@@ -20,7 +20,7 @@ from lib.scans.networks.training import MANY, fold_settings, seen_by, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
 from lib.scans.reading.folder import find_cases
 from lib.scans.reading.intake import chosen_images, folds_of, subjects_of, take_in
-from lib.scans.reading.planning import SEVERAL, plans_of, seen_whole
+from lib.scans.reading.planning import plans_of, seen_whole
 from lib.scans.reading.store import Store
 
 
@@ -206,7 +206,7 @@ def trained(settings, stores, intake, output, progress):
     if plans[0].space == "volumes":
         relevant["volumes"] = settings.volumes
     seen, names = [list(plan) for plan in plans], [case.name for case in intake.cases]
-    key = fingerprint(relevant, options, seen, prints, names, NUMERICS, STRONG, MANY, SEVERAL)
+    key = fingerprint(relevant, options, seen, prints, names, NUMERICS, STRONG, MANY)
     file = output / "model.safetensors"
     try:
         model = load_model(file)

@@ -33,10 +33,9 @@ from lib.scans.reading.intake import (
     folds_of,
     subjects_of,
 )
-from lib.scans.reading.planning import SEVERAL
 
 METHODS = {"fs+elastic": elastic, "bcp": bcp, "joint+": joint_plus}  # that folder.method may name
-MANY = 50  # labelled slices, from which unlabelled ones bring nothing: see docs/contest.md; of volumes SEVERAL
+MANY = {"slices": 50, "volumes": 5}  # labelled, from which unlabelled ones bring nothing: docs/contest.md, own-scans.md
 SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
@@ -161,7 +160,8 @@ def method_for(experiment, wanted, number):
         return "fs+elastic"
     if wanted != "auto":
         return wanted
-    return "bcp" if len(experiment.data.labelled) < (SEVERAL if experiment.whole else MANY) else "fs+elastic"
+    few = len(experiment.data.labelled) < MANY["volumes" if experiment.whole else "slices"]
+    return "bcp" if few else "fs+elastic"
 
 
 def fold_settings(settings, plan, number, divisor=1):

@@ -20,7 +20,7 @@ STEP = 2 ** (LEVELS - 1)  # sides of a canvas of slices are multiples of it
 SHALLOW = 12  # slices; a volume of fewer is better taken slice by slice
 LONG = 3.0  # times the pixels' side; where slices lie further apart they have little to say of one another (nnU-Net's)
 COARSER = 1.25  # times the median spacing: volumes that would have to be made coarser than this are taken by slices
-SEVERAL = 5  # drawn cases, from which slices of all directions are seen, and of volumes only the drawn ones train
+SEVERAL = 3  # drawn cases, from which slices of all directions are seen: see docs/own-scans.md
 ENOUGH = 0.3  # of a pixel; a drawn slice may lie between two of the plan's
 HELD = 95  # per cent of the scans that the canvas holds whole; of larger ones the middle trains, and all is segmented
 
