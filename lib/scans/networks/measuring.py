@@ -1,7 +1,4 @@
-"""What the masks of held-out cases say: their scores, and which DSC a confidence leads to expect.
-
-Held-out cases are few and much alike. So worse and worse views of them are segmented too.
-"""
+"""What the masks of held-out cases say: their scores, and which DSC a confidence leads to expect."""
 
 from typing import NamedTuple
 
@@ -24,6 +21,13 @@ DEGRADED = "rotation", "scaling", "shift", "gamma", "contrast", "brightness", "b
 
 def measure(model, case, stores, positions, settings, numerics):
     """What a held-out case says of a model.
+
+    Args:
+        model: Model, not trained on the case.
+        case: folder.Case with a mask.
+        stores: store.Store of every network of the model.
+        positions: of the case's images that are segmented, one array for every store.
+        settings, numerics: as params.load gives them, and compute.Numerics of the device.
 
     Returns:
         (scores by class, pandas.DataFrame; pairs of confidence and DSC, of the case and of worse views of it, unless
