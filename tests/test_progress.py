@@ -1,8 +1,11 @@
 """One display over a whole run: it ends when everything is done, and its parts add up."""
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from test_own import SLICES, settings_for
 
+from lib.runs import params
 from lib.scans.networks.training import fold_settings, seen_by
 from lib.scans.progress import PIXEL, SEGMENTING, Progress, network_name, parts_of
 from lib.scans.reading.planning import Plan
@@ -68,3 +71,18 @@ def test_what_an_earlier_run_has_done_is_not_waited_for(capsys):
     assert progress.bar.total == 20 and list(progress.parts) == [SEGMENTING]
     with pytest.raises(KeyError), progress.part("network"):
         pass
+
+
+def test_in_a_notebook_the_display_leaves_the_line_to_the_bar_of_a_single_training():
+    """Bars below one another would be a line of output for every update."""
+    source = (
+        "from tqdm import tqdm\nfrom lib.scans.progress import Progress\nprogress = Progress({'network': 30})\n"
+        "with progress.part('network') as done:\n"
+        "    for _ in tqdm(range(30), mininterval=0):\n        done(1)\n"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(params.ROOT)}}).execute()
+    shown, *streams = notebook.cells[0].outputs
+    text = "".join(stream["text"] for stream in streams)
+    assert "application/vnd.jupyter.widget-view+json" in shown["data"] and "100%" in text
+    assert text.count("\n") <= 1 and "all:" not in text

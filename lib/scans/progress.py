@@ -3,14 +3,17 @@
 import math
 from contextlib import contextmanager
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 TRAINED = (
     3.5  # times as long as segmenting an image takes training on it: backward pass, averaged network, augmentation
 )
 PIXEL = 2  # times as long as a voxel of a volume takes a pixel of a slice, whose network has more channels
 REGISTERED = 0.7  # of a joint+ training goes to its registration as well
-FORMAT = "all: {percentage:3.0f} %|{bar:30}| {elapsed} passed, {remaining} left; {desc}"
+FORMAT = "all: {percentage:3.0f} %|{bar}| {elapsed} passed, {remaining} left; {desc}"
+WIDTH = 100  # of the bar in a terminal, with all that stands beside it
+IN_NOTEBOOK = issubclass(tqdm, tqdm_notebook)  # where it is a widget, and takes no line from the bars of trainings
 SEGMENTING = "segmenting"
 
 
@@ -23,7 +26,8 @@ class Progress:
 
     def __init__(self, parts):
         self.parts = parts
-        self.bar = tqdm(total=sum(parts.values()), bar_format=FORMAT)
+        line = {"position": 1} if IN_NOTEBOOK else {"ncols": WIDTH}
+        self.bar = tqdm(total=sum(parts.values()), bar_format=FORMAT, **line)
 
     def skip(self, *names):
         """Parts that an earlier run has done."""
