@@ -8,7 +8,7 @@ ACTIVATE = . .venv/bin/activate
 help:
 	@echo 'make repro          regenerate the default results (13 to 25 minutes on two cores)'
 	@echo 'make contest        every method by the same rules (six minutes a method and draw; finished ones are kept)'
-	@echo 'make test           run all tests (6 to 15 minutes)'
+	@echo 'make test           run all tests (6 to 16 minutes)'
 	@echo 'make check          formatting, lint, and that imports go one way'
 	@echo 'make segment IMAGES=dir MASKS=dir OUT=dir [SET="key=value ..."]     masks for a folder of scans'
 	@echo 'make segment IMAGES=dir OUT=dir MODEL=out/model.safetensors        apply a trained model'
