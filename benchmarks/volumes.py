@@ -1,22 +1,26 @@
 """`python benchmarks/volumes.py`: masks of whole volumes from five drawn ones, by `make segment` and by others.
 
 Hippocampus, real MRI: some training subjects are drawn, test subjects are not and are scored. All ways get the same
-cases and the same cores. Writes own.csv and own.md to results/hippocampus3d/. Ways that need more than the project does
-are left out unless they are named; they need `pip install -r benchmarks/requirements.txt`.
+cases and the same cores. Writes own.csv and own.md to results/hippocampus3d/, and with `--trust` the scores of all cases.
+Ways that need more than the project does are left out unless they are named: ANTs needs
+`pip install -r benchmarks/requirements.txt`, nnU-Net `pip install -r benchmarks/nnunet/requirements.txt`.
 """
 
 import argparse
 import csv
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -33,6 +37,7 @@ from lib.runs import params
 CASES = 25  # that are scored
 BAD = 0.8  # DSC below which a mask is to be found out
 VALUES = {1: "anterior", 2: "posterior"}
+MONAI = Path(__file__).with_name("monai_unet.py")
 SPLIT = params.ROOT / "results" / "hippocampus_centre" / "split.csv"
 
 
@@ -57,11 +62,11 @@ def write_folder(folder, labelled, draw):
     return {name: files[name][1] for name in scored}
 
 
-def by_segment(*changes):
-    """`make segment`, with settings."""
+def by_segment(*changes, program=("-m", "lib.scans")):
+    """`make segment`, with settings, or another program that is called alike."""
 
-    def way(folder, hidden):
-        words = [sys.executable, "-m", "lib.scans", folder / "images", folder / "out", "--masks", folder / "masks"]
+    def way(folder, hidden, _):
+        words = [sys.executable, *program, folder / "images", folder / "out", "--masks", folder / "masks"]
         words += [word for change in changes for word in ("-S", change)]
         subprocess.run(words, cwd=params.ROOT, check=True)
         return {name: labels_in(folder / "out" / f"{name}_mask.nii.gz") for name in hidden}
@@ -72,7 +77,7 @@ def by_segment(*changes):
 def by_ants(fuse):
     """ANTs SyN with its defaults: every drawn volume is registered to every other one, and the warped masks fused."""
 
-    def way(folder, hidden):
+    def way(folder, hidden, _):
         os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(os.cpu_count())
         image = lambda file: ants.load_ants().image_read(str(file))
         atlases = [(image(folder / "images" / mask.name), image(mask)) for mask in sorted((folder / "masks").iterdir())]
@@ -83,6 +88,45 @@ def by_ants(fuse):
         return found
 
     return way
+
+
+def by_nnunet(share):
+    """nnU-Net's 3d_fullres with its defaults, trained ``share`` times as long as `make segment` takes from end to end.
+
+    Planning and segmenting come on top.
+    """
+
+    def way(folder, hidden, minutes):
+        if minutes is None:
+            raise SystemExit("how long nnU-Net trains follows from `make segment`: name that way before it")
+        data, scored, out = folder / "raw" / "Dataset001_Own", folder / "scored", folder / "predicted"
+        for part in (data / "imagesTr", data / "labelsTr", scored):
+            part.mkdir(parents=True)
+        for mask in (drawn := sorted((folder / "masks").iterdir())):
+            shutil.copy(mask, data / "labelsTr")
+            shutil.copy(folder / "images" / mask.name, data / "imagesTr" / f"{stem(mask)}_0000.nii.gz")
+        for name in hidden:
+            shutil.copy(folder / "images" / f"{name}.nii.gz", scored / f"{name}_0000.nii.gz")
+        labels = {"background": 0} | {name: value for value, name in VALUES.items()}
+        described = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(drawn)}
+        (data / "dataset.json").write_text(json.dumps(described | {"file_ending": ".nii.gz"}))
+        places = {f"nnUNet_{part}": str(folder / part) for part in ("raw", "preprocessed", "results")}
+        places |= {"nnUNet_extTrainer": str(Path(__file__).with_name("nnunet")), "NNUNET_MINUTES": str(share * minutes)}
+        network = "-c 3d_fullres -tr TimedTrainer -device cpu".split()
+        for words in (
+            ["plan_and_preprocess", "-d", "1", "-c", "3d_fullres", "-np", "2"],
+            ["train", "1", "3d_fullres", "all", *network[2:]],
+            ["predict", "-d", "1", "-f", "all", *network, "-i", scored, "-o", out],
+        ):
+            command = Path(sys.executable).with_name(f"nnUNetv2_{words[0]}")
+            subprocess.run([command, *words[1:]], env=os.environ | places, check=True)
+        return {name: labels_in(out / f"{name}.nii.gz") for name in hidden}
+
+    return way
+
+
+def stem(file):
+    return file.name.removesuffix(".nii.gz")
 
 
 WAYS = {
@@ -99,6 +143,9 @@ WAYS = {
     "make segment, volumes, joint+": by_segment("folder.space=volumes", "folder.method=joint+"),
     "ANTs SyN, majority vote": by_ants(ants.majority),
     "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),
+    "MONAI U-Net": by_segment("folder.space=volumes", "folder.method=fs+elastic", program=[MONAI]),
+    "nnU-Net, as long": by_nnunet(1),
+    "nnU-Net, four times as long": by_nnunet(4),
 }
 OURS = "make segment", "make segment, bcp", "make segment, volumes"
 
@@ -119,18 +166,16 @@ def scores_of(found, hidden):
     return pd.DataFrame(rows, columns=[*VALUES.values(), "foreground"], index=list(hidden))
 
 
-def trust_of(cases, dsc):
-    """How well cases.csv foretells the DSC: mean absolute error, rank correlation, and AUROC for masks below BAD.
+def trust_of(cases):
+    """How well confidence foretells the DSC: mean absolute error, rank correlation, and AUROC for masks below BAD.
 
     Args:
-        cases: file; of a way that writes none nothing is said.
-        dsc: pandas.Series of case to true DSC.
+        cases: see foretold; of a way that writes no cases.csv nothing is said.
     """
-    if not cases.exists():
+    if "confidence" not in cases:
         return {}
-    table = pd.read_csv(cases).set_index("case").loc[dsc.index]
-    confidence, bad = table["confidence"], dsc < BAD
-    found = {"predicted_error": (table["predicted_dsc"] - dsc).abs().mean()}
+    dsc, confidence, bad = cases["dsc"], cases["confidence"], cases["dsc"] < BAD
+    found = {"predicted_error": (cases["predicted_dsc"] - dsc).abs().mean()}
     found["spearman"] = confidence.corr(dsc, "spearman")
     if 0 < bad.sum() < len(bad):
         larger = stats.mannwhitneyu(confidence[~bad], confidence[bad]).statistic
@@ -138,36 +183,114 @@ def trust_of(cases, dsc):
     return found
 
 
+def foretold(file, dsc):
+    """Confidence and predicted DSC of every case, from cases.csv if the way has written one, beside the true ``dsc``.
+
+    Args:
+        dsc: pandas.Series of case to true DSC.
+    """
+    table = dsc.rename("dsc").rename_axis("case").to_frame()
+    if not file.exists():
+        return table
+    return table.join(pd.read_csv(file).set_index("case")[["confidence", "predicted_dsc"]])
+
+
+def mean_of_kept(order, dsc):
+    """Mean DSC of the masks with the largest ``order``: of the first, of the first two, and so on to all."""
+    ranked = np.asarray(dsc)[np.argsort(-np.asarray(order), kind="stable")]
+    return ranked.cumsum() / np.arange(1, len(ranked) + 1)
+
+
+def risk_coverage(cases):
+    """Figure: mean DSC of the masks that are kept where the least confident are set aside; a panel for every run."""
+    runs = list(cases.dropna(subset="confidence").groupby(["method", "n_labelled", "draw"], sort=False))
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.4), squeeze=False, sharey=True)
+    for ax, ((method, labelled, draw), run) in zip(axes[0], runs):
+        kept = 100 * np.arange(1, len(run) + 1) / len(run)
+        for order, colour, name in (("confidence", "#1f77b4", "by confidence"), ("dsc", "#999999", "by the true DSC")):
+            ax.plot(kept, mean_of_kept(run[order], run["dsc"]), color=colour, label=name)
+        ax.axhline(run["dsc"].mean(), color="black", linestyle=":", label="at random")
+        ax.set(xlabel="masks that are kept (%)", title=f"{method}, {labelled} drawn, draw {draw}")
+    axes[0, 0].set_ylabel("their mean DSC")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def ours_took(table, labelled, draw):
+    """Minutes of `make segment` with its defaults on the same cases, None if they have not been measured."""
+    if table.empty:
+        return None
+    same = (table["n_labelled"] == labelled) & (table["draw"] == draw) & (table["method"] == OURS[0])
+    return next(iter(table.loc[same, "minutes"].dropna()), None)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ways", nargs="*", default=list(OURS), help=f"some of: {'; '.join(WAYS)}")
     parser.add_argument("--labelled", type=int, nargs="*", default=[5])
     parser.add_argument("--draws", type=int, nargs="*", default=[1])
+    parser.add_argument("--table", default="own", help="its name: figures of another machine belong in another table")
+    parser.add_argument(
+        "--trust", action="store_true", help="keep scores of single cases, and draw what confidence says"
+    )
     given = parser.parse_args()
     if unknown := set(given.ways) - set(WAYS):
         parser.error(f"{', '.join(unknown)}: not one of {', '.join(WAYS)}")
     results = params.output_root() / "results" / "hippocampus3d"
     results.mkdir(parents=True, exist_ok=True)
-    table = pd.read_csv(results / "own.csv") if (results / "own.csv").exists() else pd.DataFrame()
-    for labelled in given.labelled:
-        for draw in given.draws:
-            for name in given.ways:
-                with tempfile.TemporaryDirectory() as folder:
-                    hidden = write_folder(Path(folder), labelled, draw)
-                    began = time.monotonic()
-                    found = WAYS[name](Path(folder), hidden)
-                    minutes = (time.monotonic() - began) / 60
-                    scores = scores_of(found, hidden)
-                    classes = scores[list(VALUES.values())].mean(axis=1)
-                    trust = trust_of(Path(folder) / "out" / "cases.csv", classes)
-                row = {"method": name, "n_labelled": labelled, "draw": draw, "n_scored": len(hidden)}
-                row |= {"dsc_mean": classes.mean(), "dsc_worst": classes.min(), **scores.mean(), "minutes": minutes}
-                row |= trust
-                own = ["method", "n_labelled", "draw"]
-                table = pd.concat([table, pd.DataFrame([row])]).drop_duplicates(own, keep="last").sort_values(own[1:])
-                table.round(4).to_csv(results / "own.csv", index=False)
-                print(row, flush=True)
-    (results / "own.md").write_text(as_markdown(table.round(3).astype(object).fillna("").to_dict("records")))
+    table, cases = (Kept(results / f"{given.table}{part}.csv") for part in ("", "_cases"))
+    for labelled, draw, name in product(given.labelled, given.draws, given.ways):
+        run = {"method": name, "n_labelled": labelled, "draw": draw}
+        row, found = measure(name, labelled, draw, ours_took(table.rows, labelled, draw))
+        table.replace(run, pd.DataFrame([row]))
+        if given.trust:
+            cases.replace(run, found.reset_index())
+        print(run | row, flush=True)
+    rows = table.rows.round(3).astype(object).fillna("").to_dict("records")
+    table.file.with_suffix(".md").write_text(as_markdown(rows))
+    if given.trust and "confidence" in cases.rows:
+        risk_coverage(cases.rows).savefig(results / f"{given.table}_trust.png", dpi=110)
+
+
+def measure(name, labelled, draw, minutes):
+    """One run of a way: (a row of the table, as a dictionary; see foretold, of every scored case).
+
+    Args:
+        name: one of WAYS.
+        labelled, draw: how many cases are drawn, and which.
+        minutes: that `make segment` takes, if that is known.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        hidden = write_folder(Path(folder), labelled, draw)
+        began = time.monotonic()
+        found = WAYS[name](Path(folder), hidden, minutes)
+        took = (time.monotonic() - began) / 60
+        scores = scores_of(found, hidden)
+        cases = foretold(Path(folder) / "out" / "cases.csv", scores[list(VALUES.values())].mean(axis=1))
+    row = {"n_scored": len(hidden), "dsc_mean": cases["dsc"].mean(), "dsc_worst": cases["dsc"].min()}
+    return row | {**scores.mean(), "minutes": took} | trust_of(cases), cases
+
+
+class Kept:
+    """A table on disk, in which a run replaces what an earlier one of the same kind has left.
+
+    Args:
+        file: CSV. Other runs' rows stay as they are.
+    """
+
+    def __init__(self, file):
+        self.file = file
+        self.rows = pd.read_csv(file) if file.exists() else pd.DataFrame()
+
+    def replace(self, run, rows):
+        """Put ``rows`` in the place of those of ``run``, a dictionary of columns that identify it."""
+        others = self.rows
+        if len(others):
+            others = others[~np.logical_and.reduce([others[column] == value for column, value in run.items()])]
+        rows = pd.DataFrame({**{column: [value] * len(rows) for column, value in run.items()}, **rows})
+        self.rows = pd.concat([others, rows]).sort_values(["n_labelled", "draw"], kind="stable").round(4)
+        self.rows.to_csv(self.file, index=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
+import json
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -32,10 +34,63 @@ def test_what_cases_csv_foretells_is_compared_with_the_truth(tmp_path):
     dsc = pd.Series({"a": 0.9, "b": 0.7, "c": 0.85, "d": 0.6})
     table = pd.DataFrame({"case": list("dcba"), "confidence": [0.5, 0.8, 0.7, 0.9], "predicted_dsc": 0.8})
     table.to_csv(tmp_path / "cases.csv")
-    found = volumes.trust_of(tmp_path / "cases.csv", dsc)
-    assert found == pytest.approx({"predicted_error": (0.1 + 0.1 + 0.05 + 0.2) / 4, "spearman": 1, "auroc_bad": 1})
-    assert "auroc_bad" not in volumes.trust_of(tmp_path / "cases.csv", dsc.clip(lower=0.8))
-    assert volumes.trust_of(tmp_path / "none.csv", dsc) == {}
+    cases = volumes.foretold(tmp_path / "cases.csv", dsc)
+    expected = {"predicted_error": (0.1 + 0.1 + 0.05 + 0.2) / 4, "spearman": 1, "auroc_bad": 1}
+    assert volumes.trust_of(cases) == pytest.approx(expected)
+    assert "auroc_bad" not in volumes.trust_of(cases.assign(dsc=cases["dsc"].clip(lower=0.8)))
+    assert volumes.trust_of(volumes.foretold(tmp_path / "none.csv", dsc)) == {}
+
+
+def test_the_most_confident_masks_are_kept_first():
+    kept = volumes.mean_of_kept([0.5, 0.9, 0.7], [0.6, 0.9, 0.3])
+    assert kept == pytest.approx([0.9, 0.6, 0.6])
+
+
+def test_a_run_replaces_its_own_rows_alone(tmp_path):
+    for score in (0.7, 0.8):
+        table = volumes.Kept(tmp_path / "own.csv")
+        for method in ("ours", "theirs"):
+            if (method, score) != ("theirs", 0.8):
+                run = {"method": method, "n_labelled": 5, "draw": 1}
+                table.replace(run, pd.DataFrame({"dsc_mean": [score], "minutes": [2.0]}))
+    found = pd.read_csv(tmp_path / "own.csv")
+    assert dict(zip(found["method"], found["dsc_mean"])) == {"ours": 0.8, "theirs": 0.7}
+
+
+def test_nnunet_trains_as_long_as_was_measured_of_our_own():
+    table = pd.DataFrame(
+        {"method": ["make segment", "make segment"], "n_labelled": [5, 2], "draw": 1, "minutes": [8.0, np.nan]}
+    )
+    assert volumes.ours_took(table, 5, 1) == 8
+    assert volumes.ours_took(table, 2, 1) is volumes.ours_took(table, 5, 2) is None
+    assert volumes.ours_took(pd.DataFrame(), 5, 1) is None
+
+
+def test_nnunet_gets_the_drawn_cases_alone_and_the_time_it_may_take(tmp_path, monkeypatch):
+    for part, names in (("images", "ab"), ("masks", "a")):
+        (tmp_path / part).mkdir()
+        for name in names:
+            (tmp_path / part / f"{name}.nii.gz").write_text(f"{part} {name}")
+    commands = []
+
+    def run(words, env, check):
+        commands.append((Path(words[0]).name, float(env["NNUNET_MINUTES"])))
+        if words[0].name == "nnUNetv2_predict":
+            (tmp_path / "predicted").mkdir()
+            nib.save(nib.Nifti1Image(np.ones((2, 2, 2)), np.eye(4)), tmp_path / "predicted" / "b.nii.gz")
+
+    monkeypatch.setattr(volumes.subprocess, "run", run)
+    found = volumes.WAYS["nnU-Net, four times as long"](tmp_path, {"b": None}, 2.5)
+    assert found["b"].all() and [name for name, _ in commands] == [
+        f"nnUNetv2_{n}" for n in ("plan_and_preprocess", "train", "predict")
+    ]
+    assert {minutes for _, minutes in commands} == {10}
+    data = tmp_path / "raw" / "Dataset001_Own"
+    assert [file.name for file in (data / "imagesTr").iterdir()] == ["a_0000.nii.gz"]
+    assert (data / "labelsTr" / "a.nii.gz").read_text() == "masks a"
+    assert json.loads((data / "dataset.json").read_text())["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
+    with pytest.raises(SystemExit, match="make segment"):
+        volumes.WAYS["nnU-Net, as long"](tmp_path, {"b": None}, None)
 
 
 def test_the_three_ways_to_choose_what_to_draw_differ_as_their_names_say():

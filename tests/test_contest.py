@@ -194,6 +194,12 @@ def test_a_draw_that_one_method_lacks_does_not_count_in_the_course_of_the_others
     assert set(means["draws"]) == {1} and means["dsc"].max() == pytest.approx(0.90)
 
 
+def test_a_number_of_labels_with_a_single_method_has_no_course():
+    alone = courses().query("method == @contest.OURS").assign(n_labelled=50)
+    means = course.of_draws(pd.concat([courses(), alone]))
+    assert set(means["n_labelled"]) == {5} and course.of_draws(alone).empty
+
+
 def test_the_course_of_every_method_is_drawn_with_the_marks_and_an_empty_one_says_so(tmp_path):
     (axes,) = course.chart(course.of_draws(courses()), [0.85], "c").axes
     drawn = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}

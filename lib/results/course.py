@@ -27,8 +27,12 @@ def collect(settings):
 
 
 def of_draws(rows):
-    """Means over the draws that all methods have: a frame with method, n_labelled, step, minutes, dsc and draws."""
+    """Means over the draws that all methods have: a frame with method, n_labelled, step, minutes, dsc and draws.
+
+    Numbers of labelled images with a single method are left out: there is nothing to compare it with.
+    """
     by_label = rows.groupby("n_labelled")["method"].transform("nunique")
+    rows, by_label = rows[by_label > 1], by_label[by_label > 1]
     rows = rows[rows.groupby(["n_labelled", "seed"])["method"].transform("nunique") == by_label]
     grouped = rows.groupby(["method", "n_labelled", "step"], as_index=False)
     means = grouped.agg(minutes=("minutes", "mean"), dsc=("dsc", "mean"), draws=("seed", "nunique"))
