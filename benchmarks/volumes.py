@@ -1,7 +1,7 @@
 """`python benchmarks/volumes.py`: masks of whole volumes from five drawn ones, by `make segment` and by others.
 
 Hippocampus, real MRI: some training subjects are drawn, test subjects are not and are scored. All ways get the same
-cases and the same cores. Writes own.csv and own.md to results/hippocampus3d/, and with `--trust` the scores of all cases.
+cases and the same cores. Writes own.csv and own.md to results/hippocampus3d/, and with `--trust` single cases.
 Ways that need more than the project does are left out unless they are named: ANTs needs
 `pip install -r benchmarks/requirements.txt`, nnU-Net `pip install -r benchmarks/nnunet/requirements.txt`.
 """

@@ -1,17 +1,23 @@
+import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from lib.methods import experiment
+from lib.models import ResidualUNet
 from lib.runs.params import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import draw_next
+import monai_unet
 import scale
 import volumes
 
@@ -91,6 +97,52 @@ def test_nnunet_gets_the_drawn_cases_alone_and_the_time_it_may_take(tmp_path, mo
     assert json.loads((data / "dataset.json").read_text())["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
     with pytest.raises(SystemExit, match="make segment"):
         volumes.WAYS["nnU-Net, as long"](tmp_path, {"b": None}, None)
+
+
+def test_nnunet_stops_after_its_minutes_with_a_learning_rate_that_has_fallen_to_zero(monkeypatch):
+    clock, rates = iter(np.arange(0, 1000, 6.0)), []
+
+    class Trainer:  # stands for nnU-Net's, whose package the tests do without
+        num_epochs, batch_size, dataloader_train = 1000, 2, iter(range(100))
+        network = types.SimpleNamespace(train=lambda: None)
+        lr_scheduler = types.SimpleNamespace(step=rates.append)
+        steps = ended = 0
+
+        def on_train_start(self):
+            self.started = True
+
+        def train_step(self, batch):
+            assert self.started and batch == self.steps
+            self.steps += 1
+
+        def on_train_end(self):
+            self.ended += 1
+
+        def print_to_log_file(self, text):
+            assert text == f"{self.steps} steps of 2"
+
+    own = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
+    for name in [own.rsplit(".", k)[0] for k in (3, 2, 1)]:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, own, types.SimpleNamespace(nnUNetTrainer=Trainer))
+    monkeypatch.setenv("NNUNET_MINUTES", "0.5")
+    spec = importlib.util.spec_from_file_location("timed", ROOT / "benchmarks" / "nnunet" / "timed.py")
+    timed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(timed)
+    monkeypatch.setattr(timed, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    trainer = timed.TimedTrainer()
+    trainer.run_training()
+    assert trainer.steps == 4 and trainer.ended == 1  # at 6, 12, 18 and 24 of 30 seconds
+    assert rates == pytest.approx([200, 400, 600, 800])
+
+
+def test_monais_network_takes_volumes_of_any_size_as_ours_does():
+    network = monai_unet.MonaiUNet(classes=2, inputs=1).eval()
+    volume = torch.zeros(1, 1, 18, 17, 20)
+    with torch.no_grad():
+        assert network(volume).shape == network.segment(volume).shape == (1, 2, 18, 17, 20)
+        assert network.segment(volume).min() >= 0 and network.segment(volume).max() <= 1
+    assert experiment.ResidualUNet is ResidualUNet  # only the program puts it in place of ours
 
 
 def test_the_three_ways_to_choose_what_to_draw_differ_as_their_names_say():
