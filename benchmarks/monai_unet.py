@@ -1,7 +1,7 @@
 """`python benchmarks/monai_unet.py`: what `python -m lib.scans` does, with MONAI's 3D U-Net in place of ours.
 
-Augmentation, loss, optimiser, averaged weights and steps stay the same. The network is that of MONAI's tutorial on the
-spleen: five levels from 16 channels on, two residual units in each.
+Augmentation, loss, optimiser, averaged weights and steps stay the same. Channels, strides and residual units are those
+of MONAI's tutorial on the spleen; normalisation is by instance, MONAI's default and ours.
 """
 
 import sys
@@ -23,10 +23,7 @@ STRIDES = [(2, 2, 2)] * 4
 
 
 class MonaiUNet(nn.Module):
-    """MONAI's U-Net, called as lib.models.ResidualUNet is; of ``normalisation``, ``root``, ``strides`` nothing is used.
-
-    MONAI's default is instance normalisation, which is ours, too.
-    """
+    """MONAI's U-Net, called as lib.models.ResidualUNet is; normalisation, root and strides change nothing."""
 
     def __init__(self, classes=1, normalisation="instance", root=16, strides=STRIDES, inputs=1):
         super().__init__()
@@ -43,6 +40,11 @@ class MonaiUNet(nn.Module):
         return torch.sigmoid(self(image))
 
 
-if __name__ == "__main__":
+def take_the_place_of_ours():
+    """From now on all networks that segment are MonaiUNet, where they are trained and where they are read."""
     experiment.ResidualUNet = model_file.ResidualUNet = MonaiUNet
+
+
+if __name__ == "__main__":
+    take_the_place_of_ours()
     scans.main()

@@ -90,39 +90,35 @@ def by_ants(fuse):
     return way
 
 
-def by_nnunet(share):
-    """nnU-Net's 3d_fullres with its defaults, trained ``share`` times as long as `make segment` takes from end to end.
+def by_nnunet(folder, hidden, minutes):
+    """nnU-Net's 3d_fullres by its default plans, trained as long as `make segment` takes from end to end.
 
-    Planning and segmenting come on top.
+    One network on all drawn cases, without folds; planning and segmenting come on top.
     """
-
-    def way(folder, hidden, minutes):
-        if minutes is None:
-            raise SystemExit("how long nnU-Net trains follows from `make segment`: name that way before it")
-        data, scored, out = folder / "raw" / "Dataset001_Own", folder / "scored", folder / "predicted"
-        for part in (data / "imagesTr", data / "labelsTr", scored):
-            part.mkdir(parents=True)
-        for mask in (drawn := sorted((folder / "masks").iterdir())):
-            shutil.copy(mask, data / "labelsTr")
-            shutil.copy(folder / "images" / mask.name, data / "imagesTr" / f"{stem(mask)}_0000.nii.gz")
-        for name in hidden:
-            shutil.copy(folder / "images" / f"{name}.nii.gz", scored / f"{name}_0000.nii.gz")
-        labels = {"background": 0} | {name: value for value, name in VALUES.items()}
-        described = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(drawn)}
-        (data / "dataset.json").write_text(json.dumps(described | {"file_ending": ".nii.gz"}))
-        places = {f"nnUNet_{part}": str(folder / part) for part in ("raw", "preprocessed", "results")}
-        places |= {"nnUNet_extTrainer": str(Path(__file__).with_name("nnunet")), "NNUNET_MINUTES": str(share * minutes)}
-        network = "-c 3d_fullres -tr TimedTrainer -device cpu".split()
-        for words in (
-            ["plan_and_preprocess", "-d", "1", "-c", "3d_fullres", "-np", "2"],
-            ["train", "1", "3d_fullres", "all", *network[2:]],
-            ["predict", "-d", "1", "-f", "all", *network, "-i", scored, "-o", out],
-        ):
-            command = Path(sys.executable).with_name(f"nnUNetv2_{words[0]}")
-            subprocess.run([command, *words[1:]], env=os.environ | places, check=True)
-        return {name: labels_in(out / f"{name}.nii.gz") for name in hidden}
-
-    return way
+    if minutes is None:
+        raise SystemExit("how long nnU-Net trains follows from `make segment`: name that way before it")
+    data, scored, out = folder / "raw" / "Dataset001_Own", folder / "scored", folder / "predicted"
+    for part in (data / "imagesTr", data / "labelsTr", scored):
+        part.mkdir(parents=True)
+    for mask in (drawn := sorted((folder / "masks").iterdir())):
+        shutil.copy(mask, data / "labelsTr")
+        shutil.copy(folder / "images" / mask.name, data / "imagesTr" / f"{stem(mask)}_0000.nii.gz")
+    for name in hidden:
+        shutil.copy(folder / "images" / f"{name}.nii.gz", scored / f"{name}_0000.nii.gz")
+    labels = {"background": 0} | {name: value for value, name in VALUES.items()}
+    described = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(drawn)}
+    (data / "dataset.json").write_text(json.dumps(described | {"file_ending": ".nii.gz"}))
+    places = {f"nnUNet_{part}": str(folder / part) for part in ("raw", "preprocessed", "results")}
+    places |= {"nnUNet_extTrainer": str(Path(__file__).with_name("nnunet")), "NNUNET_MINUTES": str(minutes)}
+    network = "-c 3d_fullres -tr TimedTrainer -device cpu".split()
+    for words in (
+        ["plan_and_preprocess", "-d", "1", "-c", "3d_fullres", "-np", "2"],
+        ["train", "1", "3d_fullres", "all", *network[2:]],
+        ["predict", "-d", "1", "-f", "all", *network, "-i", scored, "-o", out],
+    ):
+        command = Path(sys.executable).with_name(f"nnUNetv2_{words[0]}")
+        subprocess.run([command, *words[1:]], env=os.environ | places, check=True)
+    return {name: labels_in(out / f"{name}.nii.gz") for name in hidden}
 
 
 def stem(file):
@@ -144,8 +140,7 @@ WAYS = {
     "ANTs SyN, majority vote": by_ants(ants.majority),
     "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),
     "MONAI U-Net": by_segment("folder.space=volumes", "folder.method=fs+elastic", program=[MONAI]),
-    "nnU-Net, as long": by_nnunet(1),
-    "nnU-Net, four times as long": by_nnunet(4),
+    "nnU-Net": by_nnunet,
 }
 OURS = "make segment", "make segment, bcp", "make segment, volumes"
 
@@ -192,7 +187,7 @@ def foretold(file, dsc):
     table = dsc.rename("dsc").rename_axis("case").to_frame()
     if not file.exists():
         return table
-    return table.join(pd.read_csv(file).set_index("case")[["confidence", "predicted_dsc"]])
+    return table.join(pd.read_csv(file).set_index("case").loc[dsc.index, ["confidence", "predicted_dsc"]])
 
 
 def mean_of_kept(order, dsc):
@@ -232,7 +227,7 @@ def main():
     parser.add_argument("--draws", type=int, nargs="*", default=[1])
     parser.add_argument("--table", default="own", help="its name: figures of another machine belong in another table")
     parser.add_argument(
-        "--trust", action="store_true", help="keep scores of single cases, and draw what confidence says"
+        "--trust", action="store_true", help="keep single cases too, and draw what confidence says of them"
     )
     given = parser.parse_args()
     if unknown := set(given.ways) - set(WAYS):
@@ -244,12 +239,12 @@ def main():
         run = {"method": name, "n_labelled": labelled, "draw": draw}
         row, found = measure(name, labelled, draw, ours_took(table.rows, labelled, draw))
         table.replace(run, pd.DataFrame([row]))
-        if given.trust:
+        if given.trust or cases.file.exists():
             cases.replace(run, found.reset_index())
         print(run | row, flush=True)
     rows = table.rows.round(3).astype(object).fillna("").to_dict("records")
     table.file.with_suffix(".md").write_text(as_markdown(rows))
-    if given.trust and "confidence" in cases.rows:
+    if "confidence" in cases.rows:
         risk_coverage(cases.rows).savefig(results / f"{given.table}_trust.png", dpi=110)
 
 

@@ -13,6 +13,7 @@ import torch
 from lib.methods import experiment
 from lib.models import ResidualUNet
 from lib.runs.params import ROOT
+from lib.scans.networks import model_file
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -50,6 +51,11 @@ def test_what_cases_csv_foretells_is_compared_with_the_truth(tmp_path):
 def test_the_most_confident_masks_are_kept_first():
     kept = volumes.mean_of_kept([0.5, 0.9, 0.7], [0.6, 0.9, 0.3])
     assert kept == pytest.approx([0.9, 0.6, 0.6])
+    run = {"method": "ours", "n_labelled": 5, "draw": 1, "confidence": [0.5, 0.9, 0.7], "dsc": [0.6, 0.9, 0.3]}
+    other = {"method": "without", "n_labelled": 5, "draw": 1, "confidence": np.nan, "dsc": [0.6]}
+    (panel,) = volumes.risk_coverage(pd.concat([pd.DataFrame(run), pd.DataFrame(other)])).axes
+    drawn = {line.get_label(): line.get_ydata() for line in panel.lines}
+    assert drawn["by confidence"] == pytest.approx(kept) and drawn["by the true DSC"] == pytest.approx([0.9, 0.75, 0.6])
 
 
 def test_a_run_replaces_its_own_rows_alone(tmp_path):
@@ -60,6 +66,7 @@ def test_a_run_replaces_its_own_rows_alone(tmp_path):
                 run = {"method": method, "n_labelled": 5, "draw": 1}
                 table.replace(run, pd.DataFrame({"dsc_mean": [score], "minutes": [2.0]}))
     found = pd.read_csv(tmp_path / "own.csv")
+    assert len(found) == 2
     assert dict(zip(found["method"], found["dsc_mean"])) == {"ours": 0.8, "theirs": 0.7}
 
 
@@ -80,26 +87,28 @@ def test_nnunet_gets_the_drawn_cases_alone_and_the_time_it_may_take(tmp_path, mo
     commands = []
 
     def run(words, env, check):
-        commands.append((Path(words[0]).name, float(env["NNUNET_MINUTES"])))
+        assert Path(env["nnUNet_extTrainer"], "timed.py").exists() and float(env["NNUNET_MINUTES"]) == 2.5
+        commands.append(" ".join(map(str, (Path(words[0]).name, *words[1:]))))
         if words[0].name == "nnUNetv2_predict":
             (tmp_path / "predicted").mkdir()
             nib.save(nib.Nifti1Image(np.ones((2, 2, 2)), np.eye(4)), tmp_path / "predicted" / "b.nii.gz")
 
     monkeypatch.setattr(volumes.subprocess, "run", run)
-    found = volumes.WAYS["nnU-Net, four times as long"](tmp_path, {"b": None}, 2.5)
-    assert found["b"].all() and [name for name, _ in commands] == [
-        f"nnUNetv2_{n}" for n in ("plan_and_preprocess", "train", "predict")
-    ]
-    assert {minutes for _, minutes in commands} == {10}
+    found = volumes.WAYS["nnU-Net"](tmp_path, {"b": None}, 2.5)
+    plan, train, predict = commands
+    assert found["b"].all() and plan.startswith("nnUNetv2_plan_and_preprocess")
+    assert train == "nnUNetv2_train 1 3d_fullres all -tr TimedTrainer -device cpu"
+    assert predict.startswith("nnUNetv2_predict -d 1 -f all -c 3d_fullres -tr TimedTrainer -device cpu")
+    assert [file.name for file in (tmp_path / "scored").iterdir()] == ["b_0000.nii.gz"]
     data = tmp_path / "raw" / "Dataset001_Own"
     assert [file.name for file in (data / "imagesTr").iterdir()] == ["a_0000.nii.gz"]
     assert (data / "labelsTr" / "a.nii.gz").read_text() == "masks a"
     assert json.loads((data / "dataset.json").read_text())["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
     with pytest.raises(SystemExit, match="make segment"):
-        volumes.WAYS["nnU-Net, as long"](tmp_path, {"b": None}, None)
+        volumes.WAYS["nnU-Net"](tmp_path, {"b": None}, None)
 
 
-def test_nnunet_stops_after_its_minutes_with_a_learning_rate_that_has_fallen_to_zero(monkeypatch):
+def test_nnunet_stops_after_its_minutes_and_its_learning_rate_falls_with_the_time(monkeypatch):
     clock, rates = iter(np.arange(0, 1000, 6.0)), []
 
     class Trainer:  # stands for nnU-Net's, whose package the tests do without
@@ -142,7 +151,13 @@ def test_monais_network_takes_volumes_of_any_size_as_ours_does():
     with torch.no_grad():
         assert network(volume).shape == network.segment(volume).shape == (1, 2, 18, 17, 20)
         assert network.segment(volume).min() >= 0 and network.segment(volume).max() <= 1
-    assert experiment.ResidualUNet is ResidualUNet  # only the program puts it in place of ours
+
+
+def test_monais_network_takes_the_place_of_ours_where_networks_are_trained_and_read(monkeypatch):
+    for module in (experiment, model_file):  # put back after the test
+        monkeypatch.setattr(module, "ResidualUNet", ResidualUNet)
+    monai_unet.take_the_place_of_ours()
+    assert experiment.ResidualUNet is model_file.ResidualUNet is monai_unet.MonaiUNet
 
 
 def test_the_three_ways_to_choose_what_to_draw_differ_as_their_names_say():
