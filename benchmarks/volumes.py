@@ -271,7 +271,7 @@ class Kept:
     """A table on disk, in which a run replaces what an earlier one of the same kind has left.
 
     Args:
-        file: CSV. Other runs' rows stay as they are.
+        file: CSV, written anew by every ``replace``. Its content is ``rows``, a pandas.DataFrame.
     """
 
     def __init__(self, file):
