@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas as pd
-from volumes import VALUES, labels_in, pick, scores_of
+from volumes import hippocampus, labels_in, pick, scores_of
 
 from lib.results.tables import as_markdown
 from lib.runs import params
@@ -38,19 +38,24 @@ def segment(images, output, *words):
     return pd.read_csv(output / "cases.csv").set_index("case")
 
 
-def dsc_after(folder, masks, output, hidden):
-    """(mean DSC of the test cases in ``test`` by a network trained on ``masks``, cases.csv of the training folder)."""
+def dsc_after(folder, masks, output, hidden, values):
+    """(mean DSC of the test cases in ``test`` by a network trained on ``masks``, cases.csv of the training folder).
+
+    Args:
+        hidden: masks of the test cases by name.
+        values: of every class, see volumes.Cohort.
+    """
     table = segment(folder / "images", output, "--masks", masks)
     segment(folder / "test", output / "test", "--model", output / "model.safetensors")
     found = {name: labels_in(output / "test" / f"{name}_mask.nii.gz") for name in hidden}
-    return scores_of(found, hidden)[list(VALUES.values())].to_numpy().mean(), table
+    return scores_of(found, hidden, values)[list(values.values())].to_numpy().mean(), table
 
 
 def one_draw(folder, draw):
     """Rows of the table: DSC after five masks, and after five more by each rule."""
     rng = np.random.default_rng([draw, 11])
-    files, pool = pick("train", POOL, rng)
-    files, test = pick("test", SCORED, rng)
+    cohort = hippocampus()
+    files, pool, test = cohort.files, pick(cohort, "train", POOL, rng), pick(cohort, "test", SCORED, rng)
     for part, names in (("images", pool), ("test", test)):
         (folder / part).mkdir()
         for name in names:
@@ -61,7 +66,7 @@ def one_draw(folder, draw):
         (folder / rule).mkdir()
         for name in names:
             shutil.copy(files[name][1], folder / rule / f"{name}.nii.gz")
-        return dsc_after(folder, folder / rule, folder / f"out {rule}", hidden)
+        return dsc_after(folder, folder / rule, folder / f"out {rule}", hidden, cohort.values)
 
     before, table = draw_masks("first", pool[:DRAWN])
     rows = [{"rule": "five masks", "draw": draw, "dsc": before}]

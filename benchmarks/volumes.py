@@ -1,7 +1,7 @@
 """`python benchmarks/volumes.py`: masks of whole volumes from five drawn ones, by `make segment` and by others.
 
-Hippocampus, real MRI: some training subjects are drawn, test subjects are not and are scored. All ways get the same
-cases and the same cores. Writes own.csv and own.md to results/hippocampus3d/, and with `--trust` single cases.
+Real MRI, hippocampus or hearts: some training subjects are drawn, test subjects are not and are scored. All ways get
+the same cases and the same cores. Writes own.csv and own.md to the cohort's results, and with `--trust` single cases.
 Ways that need more than the project does are left out unless they are named: ANTs needs
 `pip install -r benchmarks/requirements.txt`, nnU-Net `pip install -r benchmarks/nnunet/requirements.txt`.
 """
@@ -17,6 +17,7 @@ import tempfile
 import time
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,31 +29,55 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from lib.cohorts import acdc
 from lib.cohorts.hippocampus import chosen_cases
 from lib.methods import ants
 from lib.metrics import dice
 from lib.results.tables import as_markdown
 from lib.runs import params
 
-CASES = 25  # that are scored
+CASES = 25  # that are scored, if there are so many
 BAD = 0.8  # DSC below which a mask is to be found out
-VALUES = {1: "anterior", 2: "posterior"}
 MONAI = Path(__file__).with_name("monai_unet.py")
 SPLIT = params.ROOT / "results" / "hippocampus_centre" / "split.csv"
 
 
-def pick(part, count, rng):
-    """(files of all cases: image and mask, by name; names of ``count`` random ones that are of a part of the split)."""
+class Cohort(NamedTuple):
+    """Whole scans with masks."""
+
+    files: dict  # name of a case to (image, mask)
+    split: dict  # name of a case to train, validation or test
+    values: dict  # label value to the name of the class
+
+
+def hippocampus():
     with open(SPLIT, newline="") as stream:
         split = {row["subject"]: row["split"] for row in csv.DictReader(stream)}
     files, _ = chosen_cases(params.load("strong", "hippocampus3d").hippocampus3d)
-    return files, rng.permutation(sorted(name for name in files if split.get(name) == part))[:count]
+    return Cohort(files, split, {1: "anterior", 2: "posterior"})
 
 
-def write_folder(folder, labelled, draw):
+def hearts():
+    """ACDC, of every patient the first of both phases; the structure takes a small part of the scan."""
+    files = {}
+    for patient, *pair in acdc.find_volumes(params.load("strong", "acdc").acdc.folder):
+        files.setdefault(patient, pair)
+    split = {patient: part for part, patients in acdc.SPLIT.items() for patient in patients}
+    return Cohort(files, split, {value: name for value, name in acdc.LABELS.items() if value})
+
+
+COHORTS = {"hippocampus3d": hippocampus, "acdc": hearts}
+
+
+def pick(cohort, part, count, rng):
+    """Names of ``count`` random cases that are of a part of the split."""
+    return rng.permutation(sorted(name for name in cohort.files if cohort.split.get(name) == part))[:count]
+
+
+def write_folder(folder, cohort, labelled, draw):
     """Images, and masks of the drawn ones; ``draw`` says which. Returns the masks of the others, by name."""
-    rng = np.random.default_rng([draw, 7])
-    (_, drawn), (files, scored) = pick("train", labelled, rng), pick("test", CASES, rng)
+    rng, files = np.random.default_rng([draw, 7]), cohort.files
+    drawn, scored = pick(cohort, "train", labelled, rng), pick(cohort, "test", CASES, rng)
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
     for name in (*drawn, *scored):
@@ -65,7 +90,7 @@ def write_folder(folder, labelled, draw):
 def by_segment(*changes, program=("-m", "lib.scans")):
     """`make segment`, with settings, or another program that is called alike."""
 
-    def way(folder, hidden, _):
+    def way(folder, hidden, *_):
         words = [sys.executable, *program, folder / "images", folder / "out", "--masks", folder / "masks"]
         words += [word for change in changes for word in ("-S", change)]
         subprocess.run(words, cwd=params.ROOT, check=True)
@@ -77,20 +102,20 @@ def by_segment(*changes, program=("-m", "lib.scans")):
 def by_ants(fuse):
     """ANTs SyN with its defaults: every drawn volume is registered to every other one, and the warped masks fused."""
 
-    def way(folder, hidden, _):
+    def way(folder, hidden, values, _):
         os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(os.cpu_count())
         image = lambda file: ants.load_ants().image_read(str(file))
         atlases = [(image(folder / "images" / mask.name), image(mask)) for mask in sorted((folder / "masks").iterdir())]
         found = {}
         for name in tqdm(hidden, desc="ANTs", unit="case"):
             target = image(folder / "images" / f"{name}.nii.gz")
-            found[name] = fuse(target, ants.warp_onto(target, atlases), max(VALUES))
+            found[name] = fuse(target, ants.warp_onto(target, atlases), max(values))
         return found
 
     return way
 
 
-def by_nnunet(folder, hidden, minutes):
+def by_nnunet(folder, hidden, values, minutes):
     """nnU-Net's 3d_fullres by its default plans, trained as long as `make segment` takes from end to end.
 
     One network on all drawn cases, without folds; planning and segmenting come on top.
@@ -105,7 +130,7 @@ def by_nnunet(folder, hidden, minutes):
         shutil.copy(folder / "images" / mask.name, data / "imagesTr" / f"{stem(mask)}_0000.nii.gz")
     for name in hidden:
         shutil.copy(folder / "images" / f"{name}.nii.gz", scored / f"{name}_0000.nii.gz")
-    labels = {"background": 0} | {name: value for value, name in VALUES.items()}
+    labels = {"background": 0} | {name: value for value, name in values.items()}
     described = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(drawn)}
     (data / "dataset.json").write_text(json.dumps(described | {"file_ending": ".nii.gz"}))
     places = {f"nnUNet_{part}": str(folder / part) for part in ("raw", "preprocessed", "results")}
@@ -131,6 +156,7 @@ WAYS = {
     "make segment, fs+elastic": by_segment("folder.method=fs+elastic"),
     "make segment, slices": by_segment("folder.space=slices", "folder.size=64"),
     "make segment, slices, bcp": by_segment("folder.space=slices", "folder.size=64", "folder.method=bcp"),
+    "make segment, whole scans": by_segment("folder.region=whole"),
     "make segment, views, fs+elastic": by_segment("folder.space=views", "folder.method=fs+elastic"),
     "make segment, volumes": by_segment("folder.space=volumes"),
     "make segment, volumes, bcp": by_segment("folder.space=volumes", "folder.method=bcp"),
@@ -149,16 +175,17 @@ def labels_in(file):
     return np.asarray(nib.load(file).dataobj).round()
 
 
-def scores_of(found, hidden):
+def scores_of(found, hidden, values):
     """DSC of every class and of the foreground, by case."""
     rows = []
     for name, file in hidden.items():
         truth = labels_in(file)
         masks = [  # of type bool, since the foreground overlaps the classes
-            torch.as_tensor(np.stack([each == v for v in VALUES] + [each > 0]))[None] for each in (found[name], truth)
+            torch.as_tensor(np.stack([each == value for value in values] + [each > 0]))[None]
+            for each in (found[name], truth)
         ]
         rows.append(dice(*masks)[0].tolist())
-    return pd.DataFrame(rows, columns=[*VALUES.values(), "foreground"], index=list(hidden))
+    return pd.DataFrame(rows, columns=[*values.values(), "foreground"], index=list(hidden))
 
 
 def trust_of(cases):
@@ -225,6 +252,7 @@ def main():
     parser.add_argument("ways", nargs="*", default=list(OURS), help=f"some of: {'; '.join(WAYS)}")
     parser.add_argument("--labelled", type=int, nargs="*", default=[5])
     parser.add_argument("--draws", type=int, nargs="*", default=[1])
+    parser.add_argument("--cohort", choices=COHORTS, default="hippocampus3d")
     parser.add_argument("--table", default="own", help="its name: figures of another machine belong in another table")
     parser.add_argument(
         "--trust", action="store_true", help="keep single cases too, and draw what confidence says of them"
@@ -232,12 +260,13 @@ def main():
     given = parser.parse_args()
     if unknown := set(given.ways) - set(WAYS):
         parser.error(f"{', '.join(unknown)}: not one of {', '.join(WAYS)}")
-    results = params.output_root() / "results" / "hippocampus3d"
+    cohort = COHORTS[given.cohort]()
+    results = params.output_root() / "results" / given.cohort
     results.mkdir(parents=True, exist_ok=True)
     table, cases = (Kept(results / f"{given.table}{part}.csv") for part in ("", "_cases"))
     for labelled, draw, name in product(given.labelled, given.draws, given.ways):
         run = {"method": name, "n_labelled": labelled, "draw": draw}
-        row, found = measure(name, labelled, draw, ours_took(table.rows, labelled, draw))
+        row, found = measure(cohort, name, labelled, draw, ours_took(table.rows, labelled, draw))
         table.replace(run, pd.DataFrame([row]))
         if given.trust or cases.file.exists():
             cases.replace(run, found.reset_index())
@@ -248,21 +277,22 @@ def main():
         risk_coverage(cases.rows).savefig(results / f"{given.table}_trust.png", dpi=110)
 
 
-def measure(name, labelled, draw, minutes):
+def measure(cohort, name, labelled, draw, minutes):
     """One run of a way: (a row of the table, as a dictionary; see foretold, of every scored case).
 
     Args:
+        cohort: Cohort.
         name: one of WAYS.
         labelled, draw: how many cases are drawn, and which.
         minutes: that `make segment` takes, if that is known.
     """
     with tempfile.TemporaryDirectory() as folder:
-        hidden = write_folder(Path(folder), labelled, draw)
+        hidden = write_folder(Path(folder), cohort, labelled, draw)
         began = time.monotonic()
-        found = WAYS[name](Path(folder), hidden, minutes)
+        found = WAYS[name](Path(folder), hidden, cohort.values, minutes)
         took = (time.monotonic() - began) / 60
-        scores = scores_of(found, hidden)
-        cases = foretold(Path(folder) / "out" / "cases.csv", scores[list(VALUES.values())].mean(axis=1))
+        scores = scores_of(found, hidden, cohort.values)
+        cases = foretold(Path(folder) / "out" / "cases.csv", scores[list(cohort.values.values())].mean(axis=1))
     row = {"n_scored": len(hidden), "dsc_mean": cases["dsc"].mean(), "dsc_worst": cases["dsc"].min()}
     return row | {**scores.mean(), "minutes": took} | trust_of(cases), cases
 

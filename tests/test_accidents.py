@@ -59,7 +59,12 @@ def outcome(folder):
 
 def of_space(folder, space, **options):
     """Made-up scans that are single slices, or volumes."""
-    return fill(folder, slices=1 if space == "slices" else 12, **options)
+    return fill(folder, slices=1 if space in ("slices", "regions") else 12, **options)
+
+
+def seen_as(space):
+    """What of section ``folder`` says so; ``regions`` are slices of a region that is found first."""
+    return {"space": "slices", "region": "found"} if space == "regions" else {"space": space}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +145,7 @@ def struck_at_every_write(folder, accident, space):
 
     Args:
         accident: ``killed``, with the last bytes not yet on the disk, or ``full``, which the disk is.
-        space: folder.space.
+        space: see seen_as.
 
     Returns:
         Names of the files at which runs were struck, and the texts that they ended with, ``""`` where killed.
@@ -171,7 +176,7 @@ def struck_at_every_write(folder, accident, space):
         if not child:
             os.fsync = strike
             try:
-                command.segment(settings_for(folder, space=space))
+                command.segment(settings_for(folder, **seen_as(space)))
                 os._exit(0)
             except DataError as error:
                 said.write_text(str(error))
@@ -191,15 +196,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("accident", "space"), [("killed", "volumes"), ("killed", "views"), ("full", "slices")])
+@pytest.mark.parametrize(
+    ("accident", "space"), [("killed", "volumes"), ("killed", "views"), ("killed", "regions"), ("full", "slices")]
+)
 def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, one_thread, accident, space):
     """Also what the clock cannot aim at: quick networks, calibration, model, summary and pictures."""
-    labelled = 1 if space == "views" else 2  # no quick networks there: they are as of the other kinds
+    labelled = 1 if space in ("views", "regions") else 2  # no quick networks there: they are as of the other kinds
     whole, struck = (
         of_space(tmp_path / name / "folder", space, cases=3, labelled=labelled) for name in ("whole", "struck")
     )
     call = "import sys, json, test_accidents; print(json.dumps(test_accidents.struck_at_every_write(*sys.argv[1:])))"
-    command.segment(settings_for(whole, space=space))
+    command.segment(settings_for(whole, **seen_as(space)))
     surroundings = {"PYTHONPATH": f"{params.ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     done = subprocess.run(
         [sys.executable, "-c", call, str(struck), accident, space],
@@ -214,7 +221,12 @@ def test_a_run_struck_at_every_single_write_ends_with_the_same_bytes(tmp_path, o
         "images.bin labels.bin index.jsonl held_out.csv model.safetensors cases.jsonl cases.csv confidence.png "
         "least_certain.png"
     )
-    seen = {"volumes": ["volumes"], "views": ["axial", "sagittal", "coronal"], "slices": ["axial"]}[space]
+    seen = {
+        "volumes": ["volumes"],
+        "views": ["axial", "sagittal", "coronal"],
+        "slices": ["axial"],
+        "regions": ["axial"],
+    }[space]
     cohorts = {f"{view}_0.npz" for view in seen} | {f"{seen[0]}_{k}.npz" for k in (1, 2) if labelled > 1}
     assert {*expected.split(), *cohorts, "case 0_mask.nii.gz", "case 2_confidence.nii.gz"} <= {*writes}
     assert sum(name.endswith(".pt") for name in writes) >= 5 and len(texts) == len(writes)

@@ -22,6 +22,8 @@ import monai_unet
 import scale
 import volumes
 
+VALUES = {1: "anterior", 2: "posterior"}
+
 
 def test_classes_and_the_foreground_that_holds_them_are_scored(tmp_path):
     truth = np.zeros((4, 4, 4), np.uint8)
@@ -30,10 +32,11 @@ def test_classes_and_the_foreground_that_holds_them_are_scored(tmp_path):
     nib.save(nib.Nifti1Image(truth, np.eye(4)), file)
     found = truth.copy()
     found[2] = 1  # the posterior part is taken for the anterior one
-    scores = volumes.scores_of({"case": found}, {"case": file}).loc["case"]
+    scores = volumes.scores_of({"case": found}, {"case": file}, VALUES).loc["case"]
     assert scores["anterior"] == pytest.approx(2 * 32 / (32 + 48)) and scores["posterior"] == 0
     assert scores["foreground"] == 1
-    scores = volumes.scores_of({"case": found * (np.arange(4) > 0)[:, None, None]}, {"case": file}).loc["case"]
+    found[0] = 0
+    scores = volumes.scores_of({"case": found}, {"case": file}, VALUES).loc["case"]
     assert scores["foreground"] == pytest.approx(2 * 32 / (32 + 48))
 
 
@@ -94,7 +97,7 @@ def test_nnunet_gets_the_drawn_cases_alone_and_the_time_it_may_take(tmp_path, mo
             nib.save(nib.Nifti1Image(np.ones((2, 2, 2)), np.eye(4)), tmp_path / "predicted" / "b.nii.gz")
 
     monkeypatch.setattr(volumes.subprocess, "run", run)
-    found = volumes.WAYS["nnU-Net"](tmp_path, {"b": None}, 2.5)
+    found = volumes.WAYS["nnU-Net"](tmp_path, {"b": None}, VALUES, 2.5)
     plan, train, predict = commands
     assert found["b"].all() and plan.startswith("nnUNetv2_plan_and_preprocess")
     assert train == "nnUNetv2_train 1 3d_fullres all -tr TimedTrainer -device cpu"
@@ -105,7 +108,7 @@ def test_nnunet_gets_the_drawn_cases_alone_and_the_time_it_may_take(tmp_path, mo
     assert (data / "labelsTr" / "a.nii.gz").read_text() == "masks a"
     assert json.loads((data / "dataset.json").read_text())["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
     with pytest.raises(SystemExit, match="make segment"):
-        volumes.WAYS["nnU-Net"](tmp_path, {"b": None}, None)
+        volumes.WAYS["nnU-Net"](tmp_path, {"b": None}, VALUES, None)
 
 
 def test_nnunet_stops_after_its_minutes_and_its_learning_rate_falls_with_the_time(monkeypatch):

@@ -323,5 +323,6 @@ def test_whatever_is_in_a_file_it_is_read_whole_or_refused_by_name(tmp_path, fil
     assert labels is None or (labels.shape == slices.shape and labels.dtype == np.uint8)
     folder.write_scan((slices > 0).astype(np.uint8), grid, tmp_path / "b.nii.gz")
     again, on = reading.read_scan(tmp_path / "b.nii.gz", axis)
+    grid = grid.grid
     assert np.array_equal(again, slices > 0) and on.shape == grid.shape
     assert np.allclose(on.affine, grid.affine, rtol=1e-3, atol=1e-3 * np.abs(grid.affine).max())

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from lib import DataError
-from lib.cohorts.reading import read_grid
 from lib.compute import Numerics
 from lib.runs import cluster
 from lib.scans.dicom_seg import write_dicom_seg
@@ -58,7 +57,7 @@ def segment_case(job, case, positions):
             note = f"{others[0]} has been changed, or was there before, and is kept: move it away to have it made"
             return {"case": case.name, "status": "kept", "note": note}
         plan = model.plans[0]
-        grid = read_grid(case.image, plan.axis)
+        grid = case.grid(plan.axis)
         planes = plan.planes(positions[0], grid)
         row = apply(model, case.name, images_of(stores, case.name, positions), planes, grid, output, numerics)
         if job.dicom_seg and case.image.is_dir():

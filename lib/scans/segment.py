@@ -15,6 +15,7 @@ from lib.runs.files import append_line, read_lines, replacing
 from lib.runs.versions import NUMERICS, PREDICTED_DSC, STRONG, fingerprint
 from lib.scans.cases import digests, files_of, segmented, workers
 from lib.scans.drawing_next import draw_next
+from lib.scans.finding import find_regions, is_wanted
 from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import MANY, fold_settings, seen_by, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
@@ -67,13 +68,36 @@ def segment_folder(settings):
     Raises:
         DataError: the folders cannot be used, nothing is labelled, or the model file is not one; see also ``at_work``.
     """
-    with at_work(settings) as output, ExitStack() as stack:
-        options = settings.folder
+    options = settings.folder
+    with at_work(settings) as output:
         model = load_model(options.model) if options.model else None
         if model:
             options["channels"] = [] if model.about["channels"] == [""] else model.about["channels"]
-        found = find_cases(options.images, options.masks or None, options.pattern, options.channels)
-        plans = model.plans if model else plans_of(options, found)
+        cases = find_cases(options.images, options.masks or None, options.pattern, options.channels)
+        notes, finder = {}, None
+        if is_wanted(options, cases, model):
+            cases, notes, finder = find_regions(settings, cases, model, output / "work" / "finding", segment_before)
+        return segment_these(settings, output, cases, notes, finder)
+
+
+def segment_before(settings, cases):
+    """``segment_these`` for a run that needs their masks first, in an output folder of its own."""
+    with at_work(settings) as output:
+        return segment_these(settings, output, cases)
+
+
+def segment_these(settings, output, cases, notes=None, finder=None):
+    """``segment_folder`` where the cases are known and nobody else works in ``output``.
+
+    Args:
+        cases: list of folder.Case. Those with a region are seen and segmented there alone.
+        notes: dictionary of name to what is odd about a case so far.
+        finder: model_file.Model that has found the regions, if any.
+    """
+    options = settings.folder
+    with ExitStack() as stack:
+        model = load_model(options.model) if options.model else None
+        plans = model.plans if model else plans_of(options, cases)
         if seen_whole(plans) and options.slices != "all":
             raise DataError(
                 f"folder.slices is {options.slices}, but scans are seen whole: set it to all, or folder.space to "
@@ -81,15 +105,17 @@ def segment_folder(settings):
             )
         tqdm.write(f"{' and '.join(plan.title for plan in plans)}; change it by folder.space")
         stores = [Store(output / "work" / "scans" / plan.view, plan) for plan in plans]
-        client = stack.enter_context(workers(settings, len(found)))
-        intake = take_in(options, found, stores, client)
+        client = stack.enter_context(workers(settings, len(cases)))
+        intake = take_in(options, cases, stores, client)
+        for name, note in (notes or {}).items():
+            intake.notes[name] = "; ".join(filter(None, (intake.notes.get(name), note)))
         for reason in intake.failures.values():  # now, not after hours of training
             tqdm.write(f"left out: {reason}")
         counts = len(intake.cases), len(intake.labelled), len(intake.failures)
         tqdm.write("{} cases, {} of them with masks; {} left out".format(*counts))
         progress = Progress(what_is_to_do(settings, stores, intake, model))
         if model is None:
-            model = trained(settings, stores, intake, output, progress)
+            model = trained(settings, stores, intake, finder, output, progress)
         rows = segment_cases(settings, model, stores, intake, output, progress, client)
         progress.bar.close()
         table = summary(rows, model, options.review)
@@ -181,8 +207,11 @@ def summary(rows, model, review):
     return table
 
 
-def trained(settings, stores, intake, output, progress):
-    """The model in ``output`` if it was trained on these cases with these settings, else one trained now."""
+def trained(settings, stores, intake, finder, output, progress):
+    """The model in ``output`` if it was trained on these cases with these settings, else one trained now.
+
+    ``finder``: Model that has found the cases' regions, or None.
+    """
     read = "seed", "scale", "device", "precision", "segmentation", "registration", "refinement", "pseudo_masks"
     relevant = {name: settings[name] for name in read}
     relevant["strong"] = {name: settings.strong[name] for name in ("training", "augmentation", "bcp", "joint_plus")}
@@ -206,7 +235,8 @@ def trained(settings, stores, intake, output, progress):
     if plans[0].space == "volumes":
         relevant["volumes"] = settings.volumes
     seen, names = [list(plan) for plan in plans], [case.name for case in intake.cases]
-    key = fingerprint(relevant, options, seen, prints, names, NUMERICS, STRONG, MANY)
+    found_by = [finder.key] if finder else []
+    key = fingerprint(relevant, options, seen, prints, names, NUMERICS, STRONG, MANY, *found_by)
     file = output / "model.safetensors"
     try:
         model = load_model(file)
@@ -217,6 +247,7 @@ def trained(settings, stores, intake, output, progress):
         pass
     model, held_out = train(settings, stores, intake, progress)
     write_table(held_out, output / "held_out.csv")
+    model = model._replace(finder=finder)
     model.about["key"] = key
     save_model(model, file)
     return model

@@ -82,7 +82,7 @@ def masks_of(model, images, grid, numerics, confidence):
     Args:
         model: Model on the device.
         images: of every plan, those that are segmented: arrays ``(n, channels, *space)`` in [0, 1].
-        grid: folder.Grid of the image, or a Space.
+        grid: region.Seen of the image, or a Space.
         numerics: compute.Numerics.
         confidence: Confidence, which is told of the masks: of one network's as it gives them, since on a finer grid
             their edges are smoother; of several networks' mean on the case's grid.
@@ -164,7 +164,7 @@ def apply(model, name, images, planes, grid, folder, numerics):
     return {
         "case": name,
         "slices": len(planes),
-        "of_slices": len(labels),
+        "of_slices": grid.grid.slices[0],
         "unit": "mm2" if flat else "mm3",
         **{
             label: round(float((labels == value).sum() * voxel), 3)

@@ -16,7 +16,9 @@ from lib.scans.reading.planning import KINDS, Plan
 from lib.training import weights_digest
 
 FORMAT = "joint segmentation and registration"
-VERSION = 5
+VERSION = 6
+READABLE = 5, VERSION  # 5 is the same without a finder
+FINDER = "finder/"
 
 
 class Model(NamedTuple):
@@ -31,6 +33,7 @@ class Model(NamedTuple):
 
     networks: list
     about: dict
+    finder: "Model | None" = None  # whose masks say which region of a scan these networks see
 
     def to(self, numerics):
         """The model on a device."""
@@ -67,9 +70,54 @@ def plans_in(about):
     return [Plan(plan["space"], plan["axis"], tuple(plan["spacing"]), tuple(plan["canvas"])) for plan in about["plans"]]
 
 
-def checksum(about, networks):
+def checksum(model):
     """Fingerprint of all that a model file holds."""
-    return fingerprint(about, [weights_digest(network) for network in networks])
+    found_by = [checksum(model.finder)] if model.finder else []
+    return fingerprint(model.about, [weights_digest(network) for network in model.networks], *found_by)
+
+
+def tensors_of(model, start=""):
+    """Weights of all networks by name; those of the finder begin with FINDER."""
+    own = {
+        f"{start}{k}/{name}": value.detach().cpu().contiguous()
+        for k, network in enumerate(model.networks)
+        for name, value in network.state_dict().items()
+    }
+    return own | (tensors_of(model.finder, start + FINDER) if model.finder else {})
+
+
+def described(model):
+    """A model's ``about``, its finder's in it."""
+    return {**model.about, **({"finder": described(model.finder)} if model.finder else {})}
+
+
+def built(about, tensors, start=""):
+    """The Model that ``described`` and ``tensors_of`` say.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError, AttributeError: they do not say one.
+    """
+    about = dict(about)
+    for name, kind in REQUIRED.items():
+        if not isinstance(about[name], kind):
+            raise TypeError(f"{name} is {about[name]!r}")
+    finder = built(about.pop("finder"), tensors, start + FINDER) if "finder" in about else None
+    networks = []
+    for k, (plan, root) in enumerate(zip(plans_in(about), (plan["root"] for plan in about["plans"]))):
+        if plan.space not in KINDS or plan.axis not in range(3):
+            raise ValueError(f"space is {plan.space!r}, axis {plan.axis!r}")
+        network = ResidualUNet(
+            len(about["classes"]), about["normalisation"], root, plan.strides, len(about["channels"])
+        )
+        first = f"{start}{k}/"
+        own = {name.removeprefix(first): value for name, value in tensors.items() if name.startswith(first)}
+        if not all(torch.isfinite(value).all() for value in own.values()):
+            raise ValueError("a weight is not finite")
+        network.load_state_dict(own)
+        networks.append(network.eval())
+    if not networks:
+        raise ValueError("there is no network in it")
+    return Model(networks, about, finder)
 
 
 def save_model(model, file):
@@ -79,16 +127,12 @@ def save_model(model, file):
         OSError: the folder cannot be written to, or the disk is full.
     """
     file = Path(file)
-    tensors = {
-        f"{k}/{name}": value.detach().cpu().contiguous()
-        for k, network in enumerate(model.networks)
-        for name, value in network.state_dict().items()
-    }
-    own = {"checksum": checksum(model.about, model.networks), "format": FORMAT, "version": VERSION}
-    about = {**model.about, **own}
+    about = {**described(model), "checksum": checksum(model), "format": FORMAT, "version": VERSION}
     with replacing(file) as partial:
         try:
-            save_file(tensors, partial, {"about": json.dumps(about)})  # one entry: several are written in random order
+            save_file(
+                tensors_of(model), partial, {"about": json.dumps(about)}
+            )  # one entry: several are written in random order
         except SafetensorError as error:  # as which the full disk comes
             raise OSError(f"{file} cannot be written ({error})") from error
 
@@ -112,33 +156,18 @@ def load_model(file):
         ) from error
     if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
         raise DataError(f"{file} is a safetensors file, but not a model of this project: give one that it has trained")
-    if (version := about.pop("version", None)) != VERSION:
+    if (version := about.pop("version", None)) not in READABLE:
         raise DataError(
             f"{file} is a model of version {version}, this is version {VERSION}: train again, or use the "
             "release that wrote it"
         )
     try:
-        for name, kind in REQUIRED.items():
-            if not isinstance(about[name], kind):
-                raise TypeError(f"{name} is {about[name]!r}")
-        networks, plans = [], plans_in(about)
-        for k, (plan, root) in enumerate(zip(plans, (plan["root"] for plan in about["plans"]))):
-            if plan.space not in KINDS or plan.axis not in range(3):
-                raise ValueError(f"space is {plan.space!r}, axis {plan.axis!r}")
-            network = ResidualUNet(
-                len(about["classes"]), about["normalisation"], root, plan.strides, len(about["channels"])
-            )
-            own = {name.split("/", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{k}/")}
-            if not all(torch.isfinite(value).all() for value in own.values()):
-                raise ValueError("a weight is not finite")
-            network.load_state_dict(own)
-            networks.append(network.eval())
-        if not networks:
-            raise ValueError("there is no network in it")
-        if about.pop("checksum", None) != checksum(about, networks):
+        written = about.pop("checksum", None)
+        model = built(about, tensors)
+        if written != checksum(model):
             raise ValueError("it has changed since it was written")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise DataError(
             f"{file} is a model file whose content does not fit ({error}): train again, or copy it again"
         ) from error
-    return Model(networks, about)
+    return model

@@ -39,6 +39,10 @@ MANY = {"slices": 50, "volumes": 5}  # labelled, from which unlabelled ones brin
 SMALLEST_BATCH = 4  # a labelled image, and two pairs' worth of pasted ones
 
 
+class TooThin(DataError):
+    """Nothing that is drawn can be seen by the networks."""
+
+
 def train(settings, stores, intake, progress):
     """A model for a folder, by ``folder.method``.
 
@@ -67,7 +71,7 @@ def train(settings, stores, intake, progress):
     chosen, plans = chosen_images(options, stores, intake.cases), [store.plan for store in stores]
     for k, store in enumerate(stores):
         if not any(len(drawn_images(store, case.name, chosen[case.name][k])) for case in intake.labelled):
-            raise DataError(f"what is drawn in {options.masks} is too thin for {plans[k].title}: {finer(plans[k])}")
+            raise TooThin(f"what is drawn in {options.masks} is too thin for {plans[k].title}: {finer(plans[k])}")
     about = about_of(settings, plans, intake.values)
     subjects = subjects_of([case.name for case in intake.labelled], options.subject)
     number_of = {name: number for number, names in enumerate(subjects.values()) for name in names}

@@ -8,8 +8,9 @@ import numpy as np
 
 from lib import DataError
 from lib.cohorts.dicom import is_series
-from lib.cohorts.reading import mark_of, read_pair, read_scan, upright_slices
+from lib.cohorts.reading import mark_of, read_grid, read_pair, read_scan, upright_slices
 from lib.runs.files import replacing
+from lib.scans.reading.region import Seen, part_of
 
 ENDINGS = (".nii.gz", ".nii")
 
@@ -21,6 +22,11 @@ class Case(NamedTuple):
     image: Path
     mask: Path | None
     others: tuple = ()  # the image's further channels
+    region: tuple = ()  # what is seen of it, see region.Seen
+
+    def grid(self, axis):
+        """region.Seen of the image; arguments and errors as reading.read_grid has them."""
+        return Seen(read_grid(self.image, axis), self.region)
 
     @property
     def files(self):
@@ -139,20 +145,22 @@ def read_case(case, axis=2, values=None):
         axis, values: see reading.read_pair.
 
     Returns:
-        (list of the image's channels ``(slices, rows, columns)`` float32, labels uint8 or None, Grid of the image).
+        (list of the image's channels ``(slices, rows, columns)`` float32, labels uint8 or None, region.Seen of the
+        image), all of the case's region.
 
     Raises:
         DataError: see reading.read_pair; a channel of other shape or affine than the first.
     """
     image, labels, grid = read_pair(case.image, case.mask, values, axis)
-    slices = lambda volume: None if volume is None else upright_slices(volume, grid.axis)
+    part = lambda volume: part_of(volume, case.region).copy() if case.region else volume  # the rest need not stay
+    slices = lambda volume: None if volume is None else upright_slices(part(volume), grid.axis)
     channels = [slices(image)]
     for file in case.others:
         other, _, on = read_pair(file, axis=axis)
         if other.shape != image.shape or not np.allclose(grid.canonical, on.canonical, atol=1e-3):
             raise DataError(f"{file} and {case.image} have different shapes or affines: resample one onto the other")
         channels.append(slices(other))
-    return channels, slices(labels), grid
+    return channels, slices(labels), Seen(grid, case.region)
 
 
 def write_scan(slices, grid, file):

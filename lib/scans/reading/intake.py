@@ -54,7 +54,8 @@ def digest(file):
 def prints_of(case, settings, plans):
     """Fingerprint of what a case's images are made from, one for every plan."""
     files = [digest(file) for file in case.files]
-    return [fingerprint(files, list(plan), settings.labels, settings.drawn, IMAGES) for plan in plans]
+    seen = [case.region] if case.region else []
+    return [fingerprint(files, list(plan), settings.labels, settings.drawn, IMAGES, *seen) for plan in plans]
 
 
 class Reading(NamedTuple):

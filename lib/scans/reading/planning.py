@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import DataError
-from lib.cohorts.reading import VIEWS, on_canvas, read_grid
+from lib.cohorts.reading import VIEWS, on_canvas
 from lib.models import LEVELS, strides_of
 
 KINDS = "volumes", "slices"  # what a network sees; the settings are in params.SPACES
@@ -155,7 +155,7 @@ def plans_of(settings, cases):
     grids = []
     for case in cases:
         try:
-            grids.append((read_grid(case.image, settings.axis), case.mask is not None))
+            grids.append((case.grid(settings.axis), case.mask is not None))
         except DataError:  # is reported when its voxels are read
             continue
     if not grids:

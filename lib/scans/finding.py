@@ -1,0 +1,130 @@
+"""Where the structure is, in scans that show much else: a coarse view finds it, and the rest is done on its region.
+
+The coarse view is a run on the folder like any other, in a folder of its own: slices by larger pixels, without cases
+that are held out. What it marks in a case, with a margin, is the region of the case.
+"""
+
+import json
+
+import numpy as np
+from tqdm import tqdm
+
+from lib import DataError
+from lib.runs.params import SMALLEST, section
+from lib.scans.networks.model_file import load_model, save_model
+from lib.scans.networks.training import TooThin
+from lib.scans.reading.planning import COARSER, plans_of
+from lib.scans.reading.region import joined, region_of
+
+REGIONS = "auto", "found", "whole"  # that folder.region may name
+COARSE = 2  # times fewer pixels along the longest side of a slice
+FEW = 6  # of them along the structure's region: where there would be fewer, pixels are not made larger
+LEAST = 2  # pixels of the coarse view, the smallest margin
+SOME = 20  # labelled cases that say how large the structure is
+NOT_FOUND = "nothing was found in a coarse view, so the whole scan was searched (folder.region)"
+
+
+def drawn_regions(options, cases):
+    """Labelled cases, each with the region that its own mask marks. Some suffice: at most SOME."""
+    undrawn = options.drawn if isinstance(options.drawn, int) else None
+    drawn = [case for case in cases if case.mask][:SOME]
+    return [case._replace(region=region_of(case.mask, 0, undrawn)) for case in drawn]
+
+
+def worth_finding(options, cases):
+    """Whether the networks would see the structure's region in pixels that are finer by COARSER than otherwise.
+
+    Args:
+        options: section ``folder`` of params.yaml.
+        cases: list of folder.Case.
+    """
+    drawn = drawn_regions(options, cases)
+    if not any(case.region for case in drawn):
+        return False
+    try:
+        whole, part = (plans_of(options, some)[0] for some in (cases, drawn))
+    except DataError:  # is reported when the run's own plans are made
+        return False
+    return max(now / then for now, then in zip(whole.spacing[-2:], part.spacing[-2:])) >= COARSER
+
+
+def is_wanted(options, cases, model):
+    """Whether regions are to be found; ``model``: the one that is given, if any, which decides then.
+
+    Raises:
+        DataError: folder.region is none of REGIONS, or asks for it where not all slices are to be segmented.
+    """
+    if options.region not in REGIONS:
+        raise DataError(f"folder.region is '{options.region}', not one of {', '.join(REGIONS)}")
+    if model:
+        return model.finder is not None
+    if options.region == "found" and options.slices != "all":
+        raise DataError(f"folder.slices is {options.slices}, but a region is to be found: set it to all")
+    if options.region == "auto":
+        return options.slices == "all" and worth_finding(options, cases)
+    return options.region == "found"
+
+
+def coarse_settings(settings, cases, folder):
+    """Settings of the coarse run; it writes to ``folder``."""
+    own = section(json.loads(json.dumps(settings)))
+    own.folder |= {
+        "output": str(folder),
+        "region": "whole",
+        "space": "slices",
+        "quick": 0,  # nobody asks what its confidence means
+        "degraded_views": 0,
+        "dicom_seg": False,
+    }
+    (plan,) = plans_of(own.folder, cases)
+    grids = [case.grid(plan.axis) for case in drawn_regions(own.folder, cases) if case.region]
+    side = np.median([np.multiply(grid.slices, grid.spacing)[1:].min() for grid in grids]) if grids else np.inf
+    if side >= FEW * COARSE * plan.spacing[0]:
+        own.folder["size"] = max(SMALLEST, own.folder.size // COARSE)
+    return own
+
+
+def find_regions(settings, cases, model, folder, run):
+    """The cases with their regions, and what finds them.
+
+    A labelled case's region holds its mask too. Where nothing is found the region is the whole scan.
+
+    Args:
+        settings: as params.load gives them.
+        cases: list of folder.Case.
+        model: model_file.Model that is given, with a finder, or None: then one is trained.
+        folder: where the coarse run writes.
+        run: segment.segment_before.
+
+    Returns:
+        (cases, notes: dictionary of name to what is odd about a region, Model of the finder). Where what is drawn is
+        too thin for the coarse view, there is no region and no finder.
+
+    Raises:
+        DataError: see ``run``.
+    """
+    coarse = coarse_settings(settings, cases, folder)
+    file = folder / "model.safetensors"
+    if model:
+        file = folder / "given.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(model.finder, file)
+        coarse.folder["model"] = str(file)
+    tqdm.write("the structure is small in these scans: first a coarse view finds it; change it by folder.region")
+    try:
+        table = run(coarse, cases).set_index("case")
+    except TooThin as error:
+        tqdm.write(f"no region is found, since {error}")
+        return cases, {}, None
+    finder = load_model(file)
+    undrawn = settings.folder.drawn if isinstance(settings.folder.drawn, int) else None
+    least = LEAST * max(finder.plans[0].spacing)
+    found, notes = [], {}
+    for case in cases:
+        done = table.loc[case.name, "status"] != "failed"
+        seen = region_of(folder / f"{case.name}_mask.nii.gz", least) if done else ()
+        region = joined(seen, region_of(case.mask, least, undrawn))
+        if done and not region:
+            notes[case.name] = NOT_FOUND
+        found.append(case._replace(region=region))
+    return found, notes, finder
