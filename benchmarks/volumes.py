@@ -160,6 +160,7 @@ WAYS = {
     "make segment, views, fs+elastic": by_segment("folder.space=views", "folder.method=fs+elastic"),
     "make segment, volumes": by_segment("folder.space=volumes"),
     "make segment, volumes, bcp": by_segment("folder.space=volumes", "folder.method=bcp"),
+    "make segment, volumes, 2,000 steps": by_segment("folder.space=volumes", "volumes.training.steps=2000"),
     "make segment, volumes, fs+elastic": by_segment("folder.space=volumes", "folder.method=fs+elastic"),
     "make segment, joint+": by_segment("folder.method=joint+"),
     "make segment, volumes, joint+": by_segment("folder.space=volumes", "folder.method=joint+"),

@@ -17,7 +17,8 @@ from lib.scans import segment as own
 from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import TooThin
 from lib.scans.reading.folder import Case, read_case, write_scan
-from lib.scans.reading.region import joined, part_of, region_around
+from lib.scans.reading.planning import plans_of
+from lib.scans.reading.region import joined, part_of, region_around, region_of
 
 AFFINE = np.array([[0, -1.0, 0, 40], [2.0, 0, 0, -30], [0, 0, -3.0, 20], [0, 0, 0, 1]])  # stored as neither RAS nor LPS
 
@@ -71,10 +72,40 @@ def test_a_region_has_a_margin_and_leaves_strays_out():
     marked = np.zeros((100, 50, 10), bool)
     marked[40:60, 10:20, 2:8] = True
     marked[99, 49, 9] = True  # one of 1,201 voxels, far off
-    assert region_around(marked, (1, 1, 1), 0) == ((35, 65), (7, 23), (0, 10))
-    assert region_around(marked, (1, 1, 4), 8) == ((32, 68), (2, 28), (0, 10))
+    assert region_around(marked, (1, 1, 1), 0, 0.005) == ((35, 65), (7, 23), (0, 10))
+    assert region_around(marked, (1, 1, 4), 8, 0.005) == ((32, 68), (2, 28), (0, 10))
+    assert region_around(marked, (1, 1, 1), 0) == ((25, 100), (0, 50), (0, 10))
     assert region_around(np.zeros((4, 4, 4), bool), (1, 1, 1), 8) == ()
     assert joined((), ((1, 3), (2, 4)), ((2, 5), (0, 3))) == ((1, 5), (0, 4)) and joined((), ()) == ()
+
+
+def test_a_small_label_far_off_and_a_thin_end_lie_in_the_region_of_a_drawn_scan(tmp_path):
+    labels = np.zeros((160, 144, 20), np.uint8)
+    labels[50:100, 40:90, 4:14] = 1
+    labels[100:140, 60, 8] = 1  # 40 of 25,040 voxels
+    labels[10:14, 130:134, 18] = 7
+    labels[0, 0, 0] = 255  # not drawn
+    nib.save(nib.Nifti1Image(labels, AFFINE), tmp_path / "a.nii.gz")
+    region = region_of(tmp_path / "a.nii.gz", 0, undrawn=255)
+    volume, _ = read_volume(tmp_path / "a.nii.gz")
+    kept, every = part_of(volume, region), volume[volume != 255]
+    assert (kept == 7).sum() == (every == 7).sum() == 16 and (kept == 1).sum() == (every == 1).sum()
+    trimmed = part_of(volume, region_of(tmp_path / "a.nii.gz", 0, 255, strays=0.005))
+    assert (trimmed == 7).sum() == 16 and (trimmed == 1).sum() < (every == 1).sum()  # every label by itself
+
+
+def test_a_scan_in_which_nothing_is_found_does_not_make_the_pixels_of_the_others_coarser(tmp_path, monkeypatch):
+    settings = settings_for(fill_large(tmp_path), monkeypatch, size=48)
+    cases = [case._replace(region=((30, 90), (50, 110), (0, 2))) for case in cases_of(settings)]
+    assert plans_of(settings.folder, [*cases[:3], cases[3]._replace(region=())]) == plans_of(settings.folder, cases)
+
+
+def test_slices_along_the_left_right_axis_are_not_mirrored_in_the_coarse_view_either(tmp_path, monkeypatch):
+    settings = settings_for(fill_large(tmp_path), monkeypatch, size=48, symmetric=True)
+    symmetric = lambda: finding.coarse_settings(settings, cases_of(settings), tmp_path / "finding").folder.symmetric
+    assert symmetric()
+    settings.folder["axis"] = 0
+    assert not symmetric() and settings.folder.symmetric
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +149,9 @@ def test_a_model_file_holds_its_finder_and_applies_it(found, tmp_path, monkeypat
     (tmp_path / "spoilt.safetensors").write_bytes(raw)
     with pytest.raises(DataError, match="has changed since it was written"):
         load_model(tmp_path / "spoilt.safetensors")
+    some = settings_for(folder, monkeypatch, masks="", model=str(file), slices=[0, 0])
+    with pytest.raises(DataError, match="a region is to be found: set it to all"):
+        own.segment_folder(some)
 
 
 def test_finished_cases_are_not_found_or_segmented_again(found, monkeypatch):
@@ -180,7 +214,7 @@ def test_a_region_holds_what_is_drawn_and_nothing_found_is_the_whole_scan(tmp_pa
 
     def run(coarse, _):
         """Marks a corner of cases 0 and 1, and nothing of case 2; case 3 fails."""
-        assert coarse.folder.size == 48 and coarse.folder.region == "whole" and not coarse.folder.dicom_seg
+        assert coarse.folder.size == 48 and coarse.folder.space == "slices" and not coarse.folder.dicom_seg
         out = Path(coarse.folder.output)
         out.mkdir(parents=True)
         for k in range(3):

@@ -32,6 +32,7 @@ def test_cases_of_one_subject_are_held_out_together():
     assert subjects["sub-03"] == ["sub-03_ses-1", "sub-03_ses-2"]
     assert len(subjects) == 11 and subjects["other"] == ["other"]
     (held_out,) = folds_of(subjects, 1)
+    assert folds_of(subjects, 1, quick=0) == folds_of(subjects_of(names[:4], ""), 1, quick=0) == [()]
     assert all(len({name in held_out for name in members}) == 1 for members in subjects.values()) and len(held_out) >= 2
     _, *quick = folds_of(subjects_of(names[:4], "(sub-[0-9]+)"), 1)
     assert sorted(quick) == [tuple(names[:2]), tuple(names[2:4])]

@@ -14,7 +14,7 @@ from lib.runs.params import SMALLEST, section
 from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import TooThin
 from lib.scans.reading.planning import COARSER, plans_of
-from lib.scans.reading.region import joined, region_of
+from lib.scans.reading.region import STRAY, joined, region_of
 
 REGIONS = "auto", "found", "whole"  # that folder.region may name
 COARSE = 2  # times fewer pixels along the longest side of a slice
@@ -25,10 +25,11 @@ NOT_FOUND = "nothing was found in a coarse view, so the whole scan was searched 
 
 
 def drawn_regions(options, cases):
-    """Labelled cases, each with the region that its own mask marks. Some suffice: at most SOME."""
+    """Labelled cases, each with the region that its own mask marks, if any. Some suffice: at most SOME."""
     undrawn = options.drawn if isinstance(options.drawn, int) else None
     drawn = [case for case in cases if case.mask][:SOME]
-    return [case._replace(region=region_of(case.mask, 0, undrawn)) for case in drawn]
+    found = [case._replace(region=region_of(case.mask, 0, undrawn)) for case in drawn]
+    return [case for case in found if case.region]
 
 
 def worth_finding(options, cases):
@@ -39,7 +40,7 @@ def worth_finding(options, cases):
         cases: list of folder.Case.
     """
     drawn = drawn_regions(options, cases)
-    if not any(case.region for case in drawn):
+    if not drawn:
         return False
     try:
         whole, part = (plans_of(options, some)[0] for some in (cases, drawn))
@@ -52,32 +53,27 @@ def is_wanted(options, cases, model):
     """Whether regions are to be found; ``model``: the one that is given, if any, which decides then.
 
     Raises:
-        DataError: folder.region is none of REGIONS, or asks for it where not all slices are to be segmented.
+        DataError: folder.region is none of REGIONS; a region is to be found, but not all slices are to be segmented.
     """
     if options.region not in REGIONS:
         raise DataError(f"folder.region is '{options.region}', not one of {', '.join(REGIONS)}")
-    if model:
-        return model.finder is not None
-    if options.region == "found" and options.slices != "all":
+    whole = options.slices == "all"
+    if options.region == "auto" and not model:
+        return whole and worth_finding(options, cases)
+    wanted = model.finder is not None if model else options.region == "found"
+    if wanted and not whole:
         raise DataError(f"folder.slices is {options.slices}, but a region is to be found: set it to all")
-    if options.region == "auto":
-        return options.slices == "all" and worth_finding(options, cases)
-    return options.region == "found"
+    return wanted
 
 
 def coarse_settings(settings, cases, folder):
     """Settings of the coarse run; it writes to ``folder``."""
     own = section(json.loads(json.dumps(settings)))
-    own.folder |= {
-        "output": str(folder),
-        "region": "whole",
-        "space": "slices",
-        "quick": 0,  # nobody asks what its confidence means
-        "degraded_views": 0,
-        "dicom_seg": False,
-    }
+    own.folder |= {"output": str(folder), "space": "slices", "method": "auto", "dicom_seg": False}
+    own.folder |= {"quick": 0, "degraded_views": 0}  # nobody asks what its confidence means
     (plan,) = plans_of(own.folder, cases)
-    grids = [case.grid(plan.axis) for case in drawn_regions(own.folder, cases) if case.region]
+    own.folder["symmetric"] = plan.mirrored(own.folder.symmetric)  # along axis 0 nothing can be flipped
+    grids = [case.grid(plan.axis) for case in drawn_regions(own.folder, cases)]
     side = np.median([np.multiply(grid.slices, grid.spacing)[1:].min() for grid in grids]) if grids else np.inf
     if side >= FEW * COARSE * plan.spacing[0]:
         own.folder["size"] = max(SMALLEST, own.folder.size // COARSE)
@@ -122,7 +118,7 @@ def find_regions(settings, cases, model, folder, run):
     found, notes = [], {}
     for case in cases:
         done = table.loc[case.name, "status"] != "failed"
-        seen = region_of(folder / f"{case.name}_mask.nii.gz", least) if done else ()
+        seen = region_of(folder / f"{case.name}_mask.nii.gz", least, strays=STRAY) if done else ()
         region = joined(seen, region_of(case.mask, least, undrawn))
         if done and not region:
             notes[case.name] = NOT_FOUND

@@ -126,7 +126,7 @@ def segment_these(settings, output, cases, notes=None, finder=None):
 def what_is_to_do(settings, stores, intake, model):
     """Parts of a run for progress.Progress; ``model``: the one that is given, if any."""
     subjects = subjects_of([case.name for case in intake.labelled], settings.folder.subject)
-    folds = [] if model else folds_of(subjects, settings.seed)
+    folds = [] if model else folds_of(subjects, settings.seed, settings.folder.quick)
     plans = [[store.plan for store in seen_by(k, stores)] for k in range(max(1, len(folds)))]
     trainings = [[fold_settings(settings, plan, k).strong.training for plan in plans[k]] for k in range(len(folds))]
     return parts_of(settings, plans, trainings, folds, chosen_images(settings.folder, stores, intake.cases))

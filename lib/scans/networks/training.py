@@ -76,7 +76,7 @@ def train(settings, stores, intake, progress):
     subjects = subjects_of([case.name for case in intake.labelled], options.subject)
     number_of = {name: number for number, names in enumerate(subjects.values()) for name in names}
     used, held, pairs, keys = [], [], [], []
-    for number, names in enumerate(folds_of(subjects, settings.seed)):
+    for number, names in enumerate(folds_of(subjects, settings.seed, settings.folder.quick)):
         networks, seen = [], seen_by(number, stores)
         for store in seen:
             with progress.part(network_name(number, store.plan, seen)) as done:

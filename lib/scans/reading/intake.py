@@ -233,17 +233,21 @@ def subjects_of(names, pattern):
     return subjects
 
 
-def folds_of(subjects, seed):
+def folds_of(subjects, seed, quick=1.0):
     """What is held out from the network, and from every quick network.
 
-    Cases of one subject are held out together. A single subject cannot be held out: nothing is.
+    Cases of one subject are held out together. A single subject cannot be held out: nothing is. Nor is anything if
+    ``quick`` is 0.
 
     Args:
         subjects: of ``subjects_of``.
+        quick: folder.quick.
 
     Returns:
         List of tuples of names: first of those held out from the network, then of those from every quick network.
     """
+    if not quick:
+        return [()]
     cases = list(subjects.values())
     order = np.random.default_rng([seed, 2]).permutation(len(cases))
     names = lambda chosen: tuple(name for k in sorted(chosen) for name in cases[k])
@@ -278,8 +282,8 @@ def build(settings, store, intake, held_out):
         )
         for name, k in thinned(group, most)
     ]
-    empty = np.zeros(plan.canvas, np.uint8)
     middle = lambda labels: placed(labels[None], plan.canvas)[0]  # of a scan that is larger than the canvas
+    empty = np.zeros(plan.canvas, np.uint8)
     to_class = np.zeros(256, np.uint8)
     to_class[intake.values] = np.arange(1, len(intake.values) + 1)
     return OwnCohort(

@@ -158,6 +158,8 @@ def plans_of(settings, cases):
             grids.append((case.grid(settings.axis), case.mask is not None))
         except DataError:  # is reported when its voxels are read
             continue
+    if part := [seen for seen in grids if seen[0].region]:  # scans in which nothing was found are seen through windows
+        grids = part
     if not grids:
         raise DataError(f"no image in {settings.images} can be read: export them again as NIfTI")
     axis = majority([grid.axis for grid, _ in grids])

@@ -8,7 +8,7 @@ from lib import DataError
 from lib.cohorts.reading import Grid, read_volume, upright, upright_slices
 
 MARGIN = 0.25  # of a side of what was found, left on both sides of it
-STRAY = 0.005  # of the voxels found are beyond either end: a few far off would make the region the whole scan
+STRAY = 0.005  # of the voxels that a coarse view marks: a few far off would make the region the whole scan
 
 
 class Seen(NamedTuple):
@@ -52,13 +52,14 @@ def part_of(volume, region):
     return volume[tuple(slice(*ends) for ends in region)]
 
 
-def region_around(marked, spacing, least):
+def region_around(marked, spacing, least, strays=0.0):
     """The region around what is marked, with a margin.
 
     Args:
         marked: boolean canonical volume.
         spacing: mm between its voxels, one for every axis.
         least: mm of margin on every side.
+        strays: share of the voxels that may lie beyond either end.
 
     Returns:
         A region, see Seen; () where nothing is marked.
@@ -68,7 +69,8 @@ def region_around(marked, spacing, least):
     region = []
     for axis, mm in enumerate(spacing):
         count = marked.sum(axis=tuple(other for other in range(3) if other != axis)).cumsum()
-        first, last = np.searchsorted(count, (STRAY * count[-1], (1 - STRAY) * count[-1]))
+        first = np.searchsorted(count, strays * count[-1], side="right")
+        last = np.searchsorted(count, (1 - strays) * count[-1])
         margin = np.ceil(max(MARGIN * (last + 1 - first), least / mm))
         region.append((int(max(0, first - margin)), int(min(len(count), last + 1 + margin))))
     return tuple(region)
@@ -83,19 +85,22 @@ def joined(*regions):
     return tuple((int(first), int(last)) for first, last in zip(low, high))
 
 
-def region_of(file, least, undrawn=None):
-    """``region_around`` what a mask marks, with ``least`` mm of margin.
+def region_of(file, least, undrawn=None, strays=0.0):
+    """``region_around`` what a mask marks, all labels together.
 
     Args:
         file: of the mask; None, and a file that cannot be read, give ().
+        least: mm of margin.
         undrawn: label value that marks nothing.
+        strays: of every label by itself, see ``region_around``.
     """
     if file is None:
         return ()
     try:
         labels, grid = read_volume(file)
-    except DataError:  # is reported when the case is read
+    except (DataError, MemoryError):  # is reported when the case is read
         return ()
     order = upright(grid.axis)
     spacing = [grid.spacing[order.index(axis)] for axis in range(3)]
-    return region_around((labels > 0) & (labels != undrawn), spacing, least)
+    values = np.setdiff1d(np.unique(labels), [0, *[undrawn] * (undrawn is not None)])
+    return joined(*(region_around(labels == value, spacing, least, strays) for value in values))
