@@ -68,6 +68,18 @@ def test_a_region_goes_back_to_where_it_came_from(tmp_path, axis):
     assert on.shape == grid.shape and np.allclose(on.affine, grid.affine)
 
 
+def test_every_channel_is_cut_to_the_region(tmp_path):
+    files = [tmp_path / f"a_{number}.nii.gz" for number in range(2)]
+    for number, file in enumerate(files):
+        nib.save(nib.Nifti1Image(small_ball(number, (20, 18, 4))[0], AFFINE), file)
+    region = (3, 15), (2, 18), (1, 3)
+    channels, labels, seen = read_case(Case("a", files[0], None, (files[1],), region))
+    assert labels is None and len(channels) == 2
+    for channel, file in zip(channels, files):
+        assert channel.shape == seen.slices == (2, 16, 12)
+        assert np.array_equal(channel, upright_slices(part_of(read_volume(file)[0], region), 2))
+
+
 def test_a_region_has_a_margin_and_leaves_strays_out():
     marked = np.zeros((100, 50, 10), bool)
     marked[40:60, 10:20, 2:8] = True
