@@ -1,4 +1,4 @@
-"""runs.files: what other test files do not cover of it. Crashes while files are written: test_accidents."""
+"""runs.files: what other test files do not cover of it. Crashes while files are written: test_stops."""
 
 import hashlib
 

@@ -15,7 +15,7 @@ from lib.runs.files import append_line, read_lines, replacing
 from lib.runs.versions import NUMERICS, PREDICTED_DSC, STRONG, fingerprint
 from lib.scans.cases import digests, files_of, segmented, workers
 from lib.scans.drawing_next import draw_next
-from lib.scans.finding import find_regions, is_wanted
+from lib.scans.localisation import is_wanted, localise
 from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import MANY, fold_settings, seen_by, train
 from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
@@ -74,10 +74,10 @@ def segment_folder(settings):
         if model:
             options["channels"] = [] if model.about["channels"] == [""] else model.about["channels"]
         cases = find_cases(options.images, options.masks or None, options.pattern, options.channels)
-        notes, finder = {}, None
+        notes, localiser = {}, None
         if is_wanted(options, cases, model):
-            cases, notes, finder = find_regions(settings, cases, model, output / "work" / "finding", segment_before)
-        return segment_these(settings, output, cases, notes, finder)
+            cases, notes, localiser = localise(settings, cases, model, output / "work" / "localisation", segment_before)
+        return segment_these(settings, output, cases, notes, localiser)
 
 
 def segment_before(settings, cases):
@@ -86,13 +86,13 @@ def segment_before(settings, cases):
         return segment_these(settings, output, cases)
 
 
-def segment_these(settings, output, cases, notes=None, finder=None):
+def segment_these(settings, output, cases, notes=None, localiser=None):
     """``segment_folder`` where the cases are known and nobody else works in ``output``.
 
     Args:
         cases: list of folder.Case. Those with a region are seen and segmented there alone.
         notes: dictionary of name to what is odd about a case so far.
-        finder: model_file.Model that has found the regions, if any.
+        localiser: model_file.Model that has found the regions, if any.
     """
     options = settings.folder
     with ExitStack() as stack:
@@ -115,7 +115,7 @@ def segment_these(settings, output, cases, notes=None, finder=None):
         tqdm.write("{} cases, {} of them with masks; {} left out".format(*counts))
         progress = Progress(what_is_to_do(settings, stores, intake, model))
         if model is None:
-            model = trained(settings, stores, intake, finder, output, progress)
+            model = trained(settings, stores, intake, localiser, output, progress)
         rows = segment_cases(settings, model, stores, intake, output, progress, client)
         progress.bar.close()
         table = summary(rows, model, options.review)
@@ -207,10 +207,10 @@ def summary(rows, model, review):
     return table
 
 
-def trained(settings, stores, intake, finder, output, progress):
+def trained(settings, stores, intake, localiser, output, progress):
     """The model in ``output`` if it was trained on these cases with these settings, else one trained now.
 
-    ``finder``: Model that has found the cases' regions, or None.
+    ``localiser``: Model that has found the cases' regions, or None.
     """
     read = "seed", "scale", "device", "precision", "segmentation", "registration", "refinement", "pseudo_masks"
     relevant = {name: settings[name] for name in read}
@@ -235,8 +235,8 @@ def trained(settings, stores, intake, finder, output, progress):
     if plans[0].space == "volumes":
         relevant["volumes"] = settings.volumes
     seen, names = [list(plan) for plan in plans], [case.name for case in intake.cases]
-    found_by = [finder.key] if finder else []
-    key = fingerprint(relevant, options, seen, prints, names, NUMERICS, STRONG, MANY, *found_by)
+    localised_by = [localiser.key] if localiser else []
+    key = fingerprint(relevant, options, seen, prints, names, NUMERICS, STRONG, MANY, *localised_by)
     file = output / "model.safetensors"
     try:
         model = load_model(file)
@@ -247,7 +247,7 @@ def trained(settings, stores, intake, finder, output, progress):
         pass
     model, held_out = train(settings, stores, intake, progress)
     write_table(held_out, output / "held_out.csv")
-    model = model._replace(finder=finder)
+    model = model._replace(localiser=localiser)
     model.about["key"] = key
     save_model(model, file)
     return model

@@ -17,8 +17,8 @@ from lib.training import weights_digest
 
 FORMAT = "joint segmentation and registration"
 VERSION = 6
-READABLE = 5, VERSION  # 5 is the same without a finder
-FINDER = "finder/"
+READABLE = 5, VERSION  # 5 is the same without a localiser
+LOCALISER = "localiser/"
 
 
 class Model(NamedTuple):
@@ -33,7 +33,7 @@ class Model(NamedTuple):
 
     networks: list
     about: dict
-    finder: "Model | None" = None  # whose masks say which region of a scan these networks see
+    localiser: "Model | None" = None  # whose masks say which region of a scan these networks see
 
     def to(self, numerics):
         """The model on a device."""
@@ -72,23 +72,23 @@ def plans_in(about):
 
 def checksum(model):
     """Fingerprint of all that a model file holds."""
-    found_by = [checksum(model.finder)] if model.finder else []
-    return fingerprint(model.about, [weights_digest(network) for network in model.networks], *found_by)
+    localised_by = [checksum(model.localiser)] if model.localiser else []
+    return fingerprint(model.about, [weights_digest(network) for network in model.networks], *localised_by)
 
 
 def tensors_of(model, start=""):
-    """Weights of all networks by name; those of the finder begin with FINDER."""
+    """Weights of all networks by name; those of the localiser begin with LOCALISER."""
     own = {
         f"{start}{k}/{name}": value.detach().cpu().contiguous()
         for k, network in enumerate(model.networks)
         for name, value in network.state_dict().items()
     }
-    return own | (tensors_of(model.finder, start + FINDER) if model.finder else {})
+    return own | (tensors_of(model.localiser, start + LOCALISER) if model.localiser else {})
 
 
 def described(model):
-    """A model's ``about``, its finder's in it."""
-    return {**model.about, **({"finder": described(model.finder)} if model.finder else {})}
+    """A model's ``about``, its localiser's in it."""
+    return {**model.about, **({"localiser": described(model.localiser)} if model.localiser else {})}
 
 
 def built(about, tensors, start=""):
@@ -101,7 +101,7 @@ def built(about, tensors, start=""):
     for name, kind in REQUIRED.items():
         if not isinstance(about[name], kind):
             raise TypeError(f"{name} is {about[name]!r}")
-    finder = built(about.pop("finder"), tensors, start + FINDER) if "finder" in about else None
+    localiser = built(about.pop("localiser"), tensors, start + LOCALISER) if "localiser" in about else None
     networks = []
     for k, (plan, root) in enumerate(zip(plans_in(about), (plan["root"] for plan in about["plans"]))):
         if plan.space not in KINDS or plan.axis not in range(3):
@@ -117,7 +117,7 @@ def built(about, tensors, start=""):
         networks.append(network.eval())
     if not networks:
         raise ValueError("there is no network in it")
-    return Model(networks, about, finder)
+    return Model(networks, about, localiser)
 
 
 def save_model(model, file):

@@ -1,7 +1,8 @@
 """Where the structure is, in scans that show much else: a coarse view finds it, and the rest is done on its region.
 
-The coarse view is a run on the folder like any other, in a folder of its own: slices by larger pixels, without cases
-that are held out. What it marks in a case, with a margin, is the region of the case.
+From coarse to fine, as Roth et al. do it (Computerized Medical Imaging and Graphics 2018). The coarse view is a run on
+the folder like any other, in a folder of its own: slices by larger pixels, without cases that are held out. What it
+marks in a case, with a margin, is the region of the case.
 """
 
 import json
@@ -16,7 +17,7 @@ from lib.scans.networks.training import TooThin
 from lib.scans.reading.planning import COARSER, plans_of
 from lib.scans.reading.region import STRAY, joined, region_of
 
-REGIONS = "auto", "found", "whole"  # that folder.region may name
+REGIONS = "auto", "localised", "whole"  # that folder.region may name
 COARSE = 2  # times fewer pixels along the longest side of a slice
 FEW = 6  # of them along the structure's region: where there would be fewer, pixels are not made larger
 LEAST = 2  # pixels of the coarse view, the smallest margin
@@ -25,14 +26,14 @@ NOT_FOUND = "nothing was found in a coarse view, so the whole scan was searched 
 
 
 def drawn_regions(options, cases):
-    """Labelled cases, each with the region that its own mask marks, if any. Some suffice: at most SOME."""
+    """Labelled folder.Cases whose masks mark anything, each with that region: at most SOME, since some suffice."""
     undrawn = options.drawn if isinstance(options.drawn, int) else None
     drawn = [case for case in cases if case.mask][:SOME]
     found = [case._replace(region=region_of(case.mask, 0, undrawn)) for case in drawn]
     return [case for case in found if case.region]
 
 
-def worth_finding(options, cases):
+def worth_localising(options, cases):
     """Whether the networks would see the structure's region in pixels that are finer by COARSER than otherwise.
 
     Args:
@@ -50,7 +51,11 @@ def worth_finding(options, cases):
 
 
 def is_wanted(options, cases, model):
-    """Whether regions are to be found; ``model``: the one that is given, if any, which decides then.
+    """Whether regions are to be found.
+
+    Args:
+        options, cases: see ``worth_localising``.
+        model: model_file.Model that is given, if any. It decides then.
 
     Raises:
         DataError: folder.region is none of REGIONS; a region is to be found, but not all slices are to be segmented.
@@ -59,15 +64,15 @@ def is_wanted(options, cases, model):
         raise DataError(f"folder.region is '{options.region}', not one of {', '.join(REGIONS)}")
     whole = options.slices == "all"
     if options.region == "auto" and not model:
-        return whole and worth_finding(options, cases)
-    wanted = model.finder is not None if model else options.region == "found"
+        return whole and worth_localising(options, cases)
+    wanted = model.localiser is not None if model else options.region == "localised"
     if wanted and not whole:
         raise DataError(f"folder.slices is {options.slices}, but a region is to be found: set it to all")
     return wanted
 
 
 def coarse_settings(settings, cases, folder):
-    """Settings of the coarse run; it writes to ``folder``."""
+    """Settings of the coarse run on ``cases``, which writes to ``folder``; ``settings`` are those of the run itself."""
     own = section(json.loads(json.dumps(settings)))
     own.folder |= {"output": str(folder), "space": "slices", "method": "auto", "dicom_seg": False}
     own.folder |= {"quick": 0, "degraded_views": 0}  # nobody asks what its confidence means
@@ -80,7 +85,7 @@ def coarse_settings(settings, cases, folder):
     return own
 
 
-def find_regions(settings, cases, model, folder, run):
+def localise(settings, cases, model, folder, run):
     """The cases with their regions, and what finds them.
 
     A labelled case's region holds its mask too. Where nothing is found the region is the whole scan.
@@ -88,13 +93,13 @@ def find_regions(settings, cases, model, folder, run):
     Args:
         settings: as params.load gives them.
         cases: list of folder.Case.
-        model: model_file.Model that is given, with a finder, or None: then one is trained.
+        model: model_file.Model that is given, with a localiser, or None: then one is trained.
         folder: where the coarse run writes.
         run: segment.segment_before.
 
     Returns:
-        (cases, notes: dictionary of name to what is odd about a region, Model of the finder). Where what is drawn is
-        too thin for the coarse view, there is no region and no finder.
+        (cases, notes: dictionary of name to what is odd about a region, Model of the localiser). Where what is drawn is
+        too thin for the coarse view, there is no region and no localiser.
 
     Raises:
         DataError: see ``run``.
@@ -104,7 +109,7 @@ def find_regions(settings, cases, model, folder, run):
     if model:
         file = folder / "given.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(model.finder, file)
+        save_model(model.localiser, file)
         coarse.folder["model"] = str(file)
     tqdm.write("the structure is small in these scans: first a coarse view finds it; change it by folder.region")
     try:
@@ -112,9 +117,9 @@ def find_regions(settings, cases, model, folder, run):
     except TooThin as error:
         tqdm.write(f"no region is found, since {error}")
         return cases, {}, None
-    finder = load_model(file)
+    localiser = load_model(file)
     undrawn = settings.folder.drawn if isinstance(settings.folder.drawn, int) else None
-    least = LEAST * max(finder.plans[0].spacing)
+    least = LEAST * max(localiser.plans[0].spacing)
     found, notes = [], {}
     for case in cases:
         done = table.loc[case.name, "status"] != "failed"
@@ -123,4 +128,4 @@ def find_regions(settings, cases, model, folder, run):
         if done and not region:
             notes[case.name] = NOT_FOUND
         found.append(case._replace(region=region))
-    return found, notes, finder
+    return found, notes, localiser

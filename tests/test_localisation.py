@@ -12,7 +12,7 @@ from test_views import untrained
 from lib import DataError
 from lib.cohorts.reading import read_volume, upright_slices
 from lib.runs.files import read_lines
-from lib.scans import finding
+from lib.scans import localisation
 from lib.scans import segment as own
 from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import TooThin
@@ -114,7 +114,9 @@ def test_a_scan_in_which_nothing_is_found_does_not_make_the_pixels_of_the_others
 
 def test_slices_along_the_left_right_axis_are_not_mirrored_in_the_coarse_view_either(tmp_path, monkeypatch):
     settings = settings_for(fill_large(tmp_path), monkeypatch, size=48, symmetric=True)
-    symmetric = lambda: finding.coarse_settings(settings, cases_of(settings), tmp_path / "finding").folder.symmetric
+    symmetric = lambda: (
+        localisation.coarse_settings(settings, cases_of(settings), tmp_path / "localisation").folder.symmetric
+    )
     assert symmetric()
     settings.folder["axis"] = 0
     assert not symmetric() and settings.folder.symmetric
@@ -132,20 +134,20 @@ def test_a_small_structure_is_found_and_then_seen_in_finer_pixels(found, monkeyp
     folder, settings, table = found
     assert (table["status"] == "done").all() and (table["of_slices"] == 2).all()
     model = load_model(folder / "out" / "model.safetensors")
-    assert max(model.plans[0].spacing) < 3 and min(model.finder.plans[0].spacing) > 6
+    assert max(model.plans[0].spacing) < 3 and min(model.localiser.plans[0].spacing) > 6
     for k in range(4):
         assert dsc(folder, k) > 0.8
         for what in ("mask", "confidence"):
             file = nib.load(folder / "out" / f"case {k}_{what}.nii.gz")
             assert file.shape == (160, 144, 2) and np.allclose(file.affine, AFFINE)
-    assert not table["note"].str.contains(finding.NOT_FOUND).any()
+    assert not table["note"].str.contains(localisation.NOT_FOUND, regex=False).any()
     whole = settings_for(folder, monkeypatch, size=48, region="whole", output=str(folder / "whole"))
     own.segment_folder(whole)
-    assert load_model(folder / "whole" / "model.safetensors").finder is None
-    assert not (folder / "whole" / "work" / "finding").exists()
+    assert load_model(folder / "whole" / "model.safetensors").localiser is None
+    assert not (folder / "whole" / "work" / "localisation").exists()
 
 
-def test_a_model_file_holds_its_finder_and_applies_it(found, tmp_path, monkeypatch):
+def test_a_model_file_holds_its_localiser_and_applies_it(found, tmp_path, monkeypatch):
     folder = found[0]
     file = folder / "out" / "model.safetensors"
     model = load_model(file)
@@ -168,7 +170,7 @@ def test_a_model_file_holds_its_finder_and_applies_it(found, tmp_path, monkeypat
 
 def test_finished_cases_are_not_found_or_segmented_again(found, monkeypatch):
     folder, _, table = found
-    logs = [folder / "out" / "work" / part / "cases.jsonl" for part in (".", "finding/work")]
+    logs = [folder / "out" / "work" / part / "cases.jsonl" for part in (".", "localisation/work")]
     before = [log.read_bytes() for log in logs]
     again = own.segment_folder(settings_for(folder, monkeypatch, size=48))
     assert again.equals(table) and [log.read_bytes() for log in logs] == before
@@ -178,24 +180,24 @@ def test_finished_cases_are_not_found_or_segmented_again(found, monkeypatch):
 def test_whether_regions_are_found_follows_from_how_small_the_structure_is(tmp_path, monkeypatch):
     folder = fill_large(tmp_path)
     settings = settings_for(folder, monkeypatch, size=320)
-    assert not finding.worth_finding(settings.folder, cases_of(settings))  # nothing is made coarser
+    assert not localisation.worth_localising(settings.folder, cases_of(settings))  # nothing is made coarser
     settings.folder["size"] = 48
-    assert finding.worth_finding(settings.folder, cases_of(settings))
-    assert not finding.worth_finding(settings.folder, [case._replace(mask=None) for case in cases_of(settings)])
+    assert localisation.worth_localising(settings.folder, cases_of(settings))
+    assert not localisation.worth_localising(settings.folder, [case._replace(mask=None) for case in cases_of(settings)])
     for changes, expected in (
         ({}, True),
         ({"region": "whole"}, False),
         ({"slices": "largest"}, False),
-        ({"size": 320, "region": "found"}, True),
+        ({"size": 320, "region": "localised"}, True),
     ):
         own_settings = settings_for(folder, monkeypatch, **{"size": 48, **changes})
-        assert finding.is_wanted(own_settings.folder, cases_of(settings), None) == expected
+        assert localisation.is_wanted(own_settings.folder, cases_of(settings), None) == expected
     for changes, message in (
-        ({"region": "small"}, "folder.region is 'small', not one of auto, found, whole"),
-        ({"region": "found", "slices": [0, 1]}, "a region is to be found: set it to all"),
+        ({"region": "small"}, "folder.region is 'small', not one of auto, localised, whole"),
+        ({"region": "localised", "slices": [0, 1]}, "a region is to be found: set it to all"),
     ):
         with pytest.raises(DataError, match=message):
-            finding.is_wanted(settings_for(folder, monkeypatch, **changes).folder, cases_of(settings), None)
+            localisation.is_wanted(settings_for(folder, monkeypatch, **changes).folder, cases_of(settings), None)
 
 
 @pytest.mark.parametrize("size, coarse", [(96, 48), (48, 48)])
@@ -203,9 +205,9 @@ def test_a_coarse_view_is_not_so_coarse_that_the_structure_is_lost(tmp_path, mon
     """Slices have 320 mm, the ball 32 and 64 mm, and half as much again with its margin."""
     folder = fill_large(tmp_path)
     settings = settings_for(folder, monkeypatch, size=size)
-    found = finding.coarse_settings(settings, cases_of(settings), tmp_path / "finding")
+    found = localisation.coarse_settings(settings, cases_of(settings), tmp_path / "localisation")
     assert found.folder.size == coarse and settings.folder.size == size
-    assert found.folder.output == str(tmp_path / "finding") and settings.folder.output == str(folder / "out")
+    assert found.folder.output == str(tmp_path / "localisation") and settings.folder.output == str(folder / "out")
 
 
 def test_where_a_coarse_view_shows_nothing_of_what_is_drawn_whole_scans_are_seen(tmp_path, monkeypatch):
@@ -216,7 +218,7 @@ def test_where_a_coarse_view_shows_nothing_of_what_is_drawn_whole_scans_are_seen
         raise TooThin("it is too thin")
 
     cases = cases_of(settings)
-    assert finding.find_regions(settings, cases, None, tmp_path / "finding", run) == (cases, {}, None)
+    assert localisation.localise(settings, cases, None, tmp_path / "localisation", run) == (cases, {}, None)
 
 
 def test_a_region_holds_what_is_drawn_and_nothing_found_is_the_whole_scan(tmp_path, monkeypatch):
@@ -237,8 +239,8 @@ def test_a_region_holds_what_is_drawn_and_nothing_found_is_the_whole_scan(tmp_pa
         status = ["done", "done", "done", "failed"]
         return pd.DataFrame({"case": [f"case {k}" for k in range(4)], "status": status})
 
-    cases, notes, finder = finding.find_regions(settings, cases_of(settings), None, tmp_path / "finding", run)
-    assert notes == {"case 2": finding.NOT_FOUND} and finder.plans[0].spacing == (4, 4)
+    cases, notes, localiser = localisation.localise(settings, cases_of(settings), None, tmp_path / "localisation", run)
+    assert notes == {"case 2": localisation.NOT_FOUND} and localiser.plans[0].spacing == (4, 4)
     volume, _ = read_volume(cases[0].mask)
     drawn, corner, *others = [case.region for case in cases]
     assert others == [(), ()]
