@@ -18,6 +18,7 @@ from test_own import settings_for
 from lib import DataError
 from lib.cohorts.reading import read_grid, read_volume
 from lib.scans import segment as own
+from lib.scans.networks.model_file import load_model
 from lib.scans.reading.folder import find_cases
 
 TILTED = (0.8, 0.6, 0.0, 0.0, 0.0, -1.0)  # coronal, turned by 37 degrees about the body's axis
@@ -161,11 +162,13 @@ def series_and_masks(folder, cases=3):
     return folder
 
 
-def test_a_folder_of_series_is_segmented_and_its_masks_open_beside_them(tmp_path, monkeypatch):
-    settings = settings_for(series_and_masks(tmp_path), monkeypatch, dicom_seg=True)
+@pytest.mark.parametrize("changes", [{}, {"region": "localised", "workers": 2}])
+def test_a_folder_of_series_is_segmented_and_its_masks_open_beside_them(tmp_path, monkeypatch, changes):
+    settings = settings_for(series_and_masks(tmp_path), monkeypatch, dicom_seg=True, **changes)
     settings.volumes.training |= {"steps": 30}
     table = own.segment_folder(settings)
     assert table["status"].tolist() == ["done"] * 3 and table["case"].tolist() == ["case 0", "case 1", "case 2"]
+    assert (load_model(tmp_path / "out" / "model.safetensors").localiser is None) == (not changes)
     for k in range(3):
         series = tmp_path / "images" / f"case {k}"
         mask = nib.load(tmp_path / "out" / f"case {k}_mask.nii.gz")

@@ -16,6 +16,7 @@ from lib.scans import localisation
 from lib.scans import segment as own
 from lib.scans.networks.model_file import load_model, save_model
 from lib.scans.networks.training import TooThin
+from lib.scans.progress import Progress
 from lib.scans.reading.folder import Case, read_case, write_scan
 from lib.scans.reading.planning import plans_of
 from lib.scans.reading.region import joined, part_of, region_around, region_of
@@ -124,14 +125,26 @@ def test_slices_along_the_left_right_axis_are_not_mirrored_in_the_coarse_view_ei
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = fill_large(tmp_path_factory.mktemp("large"))
+    """(folder, stages as the display was told of them: pairs of the sum of their parts and ``later``, cases.csv)."""
+    folder, stages = fill_large(tmp_path_factory.mktemp("large")), []
+
+    def begin(self, parts, stage="", later=0, begin=Progress.begin):
+        stages.append((sum(parts.values()), later))
+        begin(self, parts, stage, later)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "begin", begin)
         settings = settings_for(folder, patch, size=48)
-        return folder, settings, own.segment_folder(settings)
+        return folder, stages, own.segment_folder(settings)
+
+
+def test_one_display_shows_both_stages_and_foresees_the_second(found):
+    (_, foreseen), (second, nothing) = found[1]
+    assert foreseen == pytest.approx(second, rel=0.3) and nothing == 0
 
 
 def test_a_small_structure_is_found_and_then_seen_in_finer_pixels(found, monkeypatch):
-    folder, settings, table = found
+    folder, _, table = found
     assert (table["status"] == "done").all() and (table["of_slices"] == 2).all()
     model = load_model(folder / "out" / "model.safetensors")
     assert max(model.plans[0].spacing) < 3 and min(model.localiser.plans[0].spacing) > 6
@@ -226,7 +239,7 @@ def test_a_region_holds_what_is_drawn_and_nothing_found_is_the_whole_scan(tmp_pa
     settings = settings_for(folder, monkeypatch, size=96)
     plan = {"space": "slices", "axis": 2, "spacing": [4.0, 4.0], "canvas": [48, 80], "root": 2}
 
-    def run(coarse, _):
+    def run(coarse, *_):
         """Marks a corner of cases 0 and 1, and nothing of case 2; case 3 fails."""
         assert coarse.folder.size == 48 and coarse.folder.space == "slices" and not coarse.folder.dicom_seg
         out = Path(coarse.folder.output)

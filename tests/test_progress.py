@@ -53,7 +53,8 @@ def test_a_volume_takes_what_its_voxels_do(tmp_path, monkeypatch):
 
 
 def test_the_bar_is_full_at_the_end_whatever_its_parts_say_they_have_done(capsys):
-    progress = Progress({"network": 100, "segmenting": 20})
+    progress = Progress()
+    progress.begin({"network": 100, "segmenting": 20})
     with progress.part("network") as done:
         for _ in range(50):
             done(1)  # half of it: the rest was done before a stop
@@ -64,9 +65,25 @@ def test_the_bar_is_full_at_the_end_whatever_its_parts_say_they_have_done(capsys
     assert "100 %" in capsys.readouterr().err.split("\r")[-1]
 
 
+def test_stages_share_a_bar_and_what_was_guessed_of_the_later_one_is_put_right(capsys):
+    progress = Progress()
+    progress.begin({"network": 60, SEGMENTING: 40}, "coarse view: ", later=300)
+    with progress.part("network"):
+        assert "coarse view: network" in str(progress.bar)
+    assert progress.bar.n == 60 and progress.bar.total == 400
+    progress.begin({"network": 90, SEGMENTING: 10})  # segmenting was left out: nothing of it is waited for
+    assert progress.bar.n == 60 and progress.bar.total == 160
+    for name in ("network", SEGMENTING):
+        with progress.part(name):
+            assert "coarse" not in str(progress.bar)
+    assert progress.bar.n == progress.bar.total
+    assert "100 %" in capsys.readouterr().err.split("\r")[-1]
+
+
 def test_what_an_earlier_run_has_done_is_not_waited_for(capsys):
     names = network_name(0, SLICES, [SLICES]), network_name(1, SLICES, [SLICES])
-    progress = Progress(dict(zip((*names, SEGMENTING), (100, 50, 20))))
+    progress = Progress()
+    progress.begin(dict(zip((*names, SEGMENTING), (100, 50, 20))))
     progress.skip(*names)
     assert progress.bar.total == 20 and list(progress.parts) == [SEGMENTING]
     with pytest.raises(KeyError), progress.part("network"):
@@ -76,7 +93,8 @@ def test_what_an_earlier_run_has_done_is_not_waited_for(capsys):
 def test_in_a_notebook_the_display_leaves_the_line_to_the_bar_of_a_single_training():
     """Bars below one another would be a line of output for every update."""
     source = (
-        "from tqdm import tqdm\nfrom lib.scans.progress import Progress\nprogress = Progress({'network': 30})\n"
+        "from tqdm import tqdm\nfrom lib.scans.progress import Progress\n"
+        "progress = Progress()\nprogress.begin({'network': 30})\n"
         "with progress.part('network') as done:\n"
         "    for _ in tqdm(range(30), mininterval=0):\n        done(1)\n"
     )

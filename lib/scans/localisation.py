@@ -13,8 +13,8 @@ from tqdm import tqdm
 from lib import DataError
 from lib.runs.params import SMALLEST, section
 from lib.scans.networks.model_file import load_model, save_model
-from lib.scans.networks.training import TooThin
-from lib.scans.reading.planning import COARSER, plans_of
+from lib.scans.networks.training import TooThin, what_is_to_do
+from lib.scans.reading.planning import COARSER, grids_of, plans_of
 from lib.scans.reading.region import STRAY, joined, region_of
 
 REGIONS = "auto", "localised", "whole"  # that folder.region may name
@@ -78,11 +78,28 @@ def coarse_settings(settings, cases, folder):
     own.folder |= {"quick": 0, "degraded_views": 0}  # nobody asks what its confidence means
     (plan,) = plans_of(own.folder, cases)
     own.folder["symmetric"] = plan.mirrored(own.folder.symmetric)  # along axis 0 nothing can be flipped
-    grids = [case.grid(plan.axis) for case in drawn_regions(own.folder, cases)]
-    side = np.median([np.multiply(grid.slices, grid.spacing)[1:].min() for grid in grids]) if grids else np.inf
+    grids = grids_of(drawn_regions(own.folder, cases), plan.axis)
+    side = np.median([np.multiply(grid.slices, grid.spacing)[1:].min() for grid, _ in grids]) if grids else np.inf
     if side >= FEW * COARSE * plan.spacing[0]:
         own.folder["size"] = max(SMALLEST, own.folder.size // COARSE)
     return own
+
+
+def expected(settings, cases, model):
+    """What the run on the regions will take, for progress.Progress: as if all were like those of drawn cases.
+
+    Args:
+        settings, cases, model: see ``localise``. Where nothing is drawn, whole scans stand for their regions.
+    """
+    seen = drawn_regions(settings.folder, cases) or cases[:SOME]
+    try:
+        plans = model.plans if model else plans_of(settings.folder, seen)
+    except DataError:  # is reported when the run's own plans are made
+        return 0
+    count = lambda plan: int(np.median([grid.slices[0] for grid, _ in grids_of(seen, plan.axis)] or [1]))
+    positions = [range(1 if plan.space == "volumes" else count(plan)) for plan in plans]
+    labelled = None if model else [case.name for case in cases if case.mask]
+    return sum(what_is_to_do(settings, plans, labelled, {case.name: positions for case in cases}).values())
 
 
 def localise(settings, cases, model, folder, run):
@@ -95,7 +112,7 @@ def localise(settings, cases, model, folder, run):
         cases: list of folder.Case.
         model: model_file.Model that is given, with a localiser, or None: then one is trained.
         folder: where the coarse run writes.
-        run: segment.segment_before.
+        run: segment.segment_before, of which settings, cases and ``later`` are to be given.
 
     Returns:
         (cases, notes: dictionary of name to what is odd about a region, Model of the localiser). Where what is drawn is
@@ -113,7 +130,7 @@ def localise(settings, cases, model, folder, run):
         coarse.folder["model"] = str(file)
     tqdm.write("the structure is small in these scans: first a coarse view finds it; change it by folder.region")
     try:
-        table = run(coarse, cases).set_index("case")
+        table = run(coarse, cases, expected(settings, cases, model)).set_index("case")
     except TooThin as error:
         tqdm.write(f"no region is found, since {error}")
         return cases, {}, None

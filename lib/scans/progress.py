@@ -18,16 +18,25 @@ SEGMENTING = "segmenting"
 
 
 class Progress:
-    """A bar whose unit is one voxel seen by a network.
+    """A bar whose unit is one voxel seen by a network. It shows nothing before ``begin``."""
 
-    Args:
-        parts: dictionary of the names of what a run does, in order, to what each takes.
-    """
+    def __init__(self):
+        self.parts, self.stage, self.bar = {}, "", None
 
-    def __init__(self, parts):
-        self.parts = parts
-        line = {"position": 1} if IN_NOTEBOOK else {"ncols": WIDTH}
-        self.bar = tqdm(total=sum(parts.values()), bar_format=FORMAT, **line)
+    def begin(self, parts, stage="", later=0):
+        """A stage begins; what the one before it has left undone is no longer waited for.
+
+        Args:
+            parts: dictionary of the names of what the stage does, in order, to what each takes.
+            stage: its name, which is shown before that of a part.
+            later: what the stages after it will take, as far as this is known.
+        """
+        self.parts, self.stage = parts, stage
+        if self.bar is None:
+            line = {"position": 1} if IN_NOTEBOOK else {"ncols": WIDTH}
+            self.bar = tqdm(total=0, bar_format=FORMAT, **line)
+        self.bar.total = self.bar.n + sum(parts.values()) + later
+        self.bar.refresh()
 
     def skip(self, *names):
         """Parts that an earlier run has done."""
@@ -38,7 +47,7 @@ class Progress:
     def part(self, name):
         """Context of a part; yields a function that is told what the last piece of it took."""
         end = self.bar.n + self.parts[name]
-        self.bar.set_description_str(name)
+        self.bar.set_description_str(self.stage + name)
         yield lambda piece: self.bar.update(min(piece, end - self.bar.n))
         self.bar.update(end - self.bar.n)
         self.bar.refresh()

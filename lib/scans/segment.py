@@ -2,6 +2,7 @@
 
 import errno
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -17,10 +18,10 @@ from lib.scans.cases import digests, files_of, segmented, workers
 from lib.scans.drawing_next import draw_next
 from lib.scans.localisation import is_wanted, localise
 from lib.scans.networks.model_file import load_model, save_model
-from lib.scans.networks.training import MANY, fold_settings, seen_by, train
-from lib.scans.progress import SEGMENTING, Progress, case_takes, parts_of
+from lib.scans.networks.training import MANY, train, what_is_to_do
+from lib.scans.progress import SEGMENTING, Progress, case_takes
 from lib.scans.reading.folder import find_cases
-from lib.scans.reading.intake import chosen_images, folds_of, subjects_of, take_in
+from lib.scans.reading.intake import chosen_images, take_in
 from lib.scans.reading.planning import plans_of, seen_whole
 from lib.scans.reading.store import Store
 
@@ -74,23 +75,30 @@ def segment_folder(settings):
         if model:
             options["channels"] = [] if model.about["channels"] == [""] else model.about["channels"]
         cases = find_cases(options.images, options.masks or None, options.pattern, options.channels)
-        notes, localiser = {}, None
+        notes, localiser, progress = {}, None, Progress()
         if is_wanted(options, cases, model):
-            cases, notes, localiser = localise(settings, cases, model, output / "work" / "localisation", segment_before)
-        return segment_these(settings, output, cases, notes, localiser)
+            before = partial(segment_before, progress)
+            cases, notes, localiser = localise(settings, cases, model, output / "work" / "localisation", before)
+        table = segment_these(settings, output, cases, progress, notes=notes, localiser=localiser)
+        progress.bar.close()
+        return table
 
 
-def segment_before(settings, cases):
-    """``segment_these`` for a run that needs their masks first, in an output folder of its own."""
+def segment_before(progress, settings, cases, later):
+    """``segment_these`` for a run that needs their masks first, in an output folder of its own.
+
+    ``later``: what that run will take, see progress.Progress.begin.
+    """
     with at_work(settings) as output:
-        return segment_these(settings, output, cases)
+        return segment_these(settings, output, cases, progress, "coarse view: ", later)
 
 
-def segment_these(settings, output, cases, notes=None, localiser=None):
+def segment_these(settings, output, cases, progress, stage="", later=0, notes=None, localiser=None):
     """``segment_folder`` where the cases are known and nobody else works in ``output``.
 
     Args:
         cases: list of folder.Case. Those with a region are seen and segmented there alone.
+        progress: progress.Progress; ``stage`` and ``later``: see its ``begin``.
         notes: dictionary of name to what is odd about a case so far.
         localiser: model_file.Model that has found the regions, if any.
     """
@@ -113,23 +121,15 @@ def segment_these(settings, output, cases, notes=None, localiser=None):
             tqdm.write(f"left out: {reason}")
         counts = len(intake.cases), len(intake.labelled), len(intake.failures)
         tqdm.write("{} cases, {} of them with masks; {} left out".format(*counts))
-        progress = Progress(what_is_to_do(settings, stores, intake, model))
+        labelled = None if model else [case.name for case in intake.labelled]
+        chosen = chosen_images(options, stores, intake.cases)
+        progress.begin(what_is_to_do(settings, plans, labelled, chosen), stage, later)
         if model is None:
             model = trained(settings, stores, intake, localiser, output, progress)
         rows = segment_cases(settings, model, stores, intake, output, progress, client)
-        progress.bar.close()
         table = summary(rows, model, options.review)
         write_table(table, output / "cases.csv")
         return table
-
-
-def what_is_to_do(settings, stores, intake, model):
-    """Parts of a run for progress.Progress; ``model``: the one that is given, if any."""
-    subjects = subjects_of([case.name for case in intake.labelled], settings.folder.subject)
-    folds = [] if model else folds_of(subjects, settings.seed, settings.folder.quick)
-    plans = [[store.plan for store in seen_by(k, stores)] for k in range(max(1, len(folds)))]
-    trainings = [[fold_settings(settings, plan, k).strong.training for plan in plans[k]] for k in range(len(folds))]
-    return parts_of(settings, plans, trainings, folds, chosen_images(settings.folder, stores, intake.cases))
 
 
 def segment_cases(settings, model, stores, intake, output, progress, client):

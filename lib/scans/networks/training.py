@@ -23,7 +23,7 @@ from lib.runs.versions import fingerprint
 from lib.scans.networks.measuring import measure
 from lib.scans.networks.memory import with_less_memory
 from lib.scans.networks.model_file import Model
-from lib.scans.progress import case_takes, measuring_name, network_name, step_takes
+from lib.scans.progress import case_takes, measuring_name, network_name, parts_of, step_takes
 from lib.scans.reading.intake import (
     build,
     chosen_images,
@@ -96,6 +96,24 @@ def train(settings, stores, intake, progress):
     columns = ["case", "class", "dsc", "hd", "hd95"]
     table = pd.concat(held)[columns] if held else pd.DataFrame(columns=columns)
     return Model(used, {**about, "fingerprint": fingerprint(keys), "calibration": pairs}), table
+
+
+def what_is_to_do(settings, plans, labelled, chosen):
+    """Parts of a run for progress.Progress.
+
+    Args:
+        settings: as params.load gives them.
+        plans: planning.Plan of every network.
+        labelled: names of the cases that train one. None: a model is given.
+        chosen: dictionary of case to the positions of its images that are segmented, see intake.chosen_images.
+    """
+    own = settings.folder
+    folds = [] if labelled is None else folds_of(subjects_of(labelled, own.subject), settings.seed, own.quick)
+    each = [seen_by(number, plans) for number in range(max(1, len(folds)))]
+    trainings = [
+        [fold_settings(settings, plan, number).strong.training for plan in each[number]] for number in range(len(folds))
+    ]
+    return parts_of(settings, each, trainings, folds, chosen)
 
 
 def about_of(settings, plans, values):

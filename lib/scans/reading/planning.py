@@ -152,12 +152,7 @@ def plans_of(settings, cases):
     Raises:
         DataError: no case can be read, or scans are to be seen whole and are single slices.
     """
-    grids = []
-    for case in cases:
-        try:
-            grids.append((case.grid(settings.axis), case.mask is not None))
-        except DataError:  # is reported when its voxels are read
-            continue
+    grids = grids_of(cases, settings.axis)
     if part := [seen for seen in grids if seen[0].region]:  # scans in which nothing was found are seen through windows
         grids = part
     if not grids:
@@ -174,6 +169,17 @@ def plans_of(settings, cases):
         turned = lambda to: [(grid.along(to), drawn) for grid, drawn in grids]
         return [slices, *(plan_along(to, "slices", turned(to), settings) for to in range(3) if to != axis)]
     return [volumes if space == "volumes" else slices]
+
+
+def grids_of(cases, axis):
+    """Pairs of the region.Seen of every case, slices along ``axis``, and whether it has a mask."""
+    grids = []
+    for case in cases:
+        try:
+            grids.append((case.grid(axis), case.mask is not None))
+        except DataError:  # is reported when its voxels are read
+            continue
+    return grids
 
 
 def plan_along(axis, kind, grids, settings):
