@@ -38,6 +38,7 @@ from lib.runs import params
 
 CASES = 25  # that are scored, if there are so many
 BAD = 0.8  # DSC below which a mask is to be found out
+FORETOLD = ["confidence", "predicted_dsc", "predicted_low", "predicted_high"]  # columns of cases.csv
 MONAI = Path(__file__).with_name("monai_unet.py")
 SPLIT = params.ROOT / "results" / "hippocampus_centre" / "split.csv"
 
@@ -192,6 +193,8 @@ def scores_of(found, hidden, values):
 def trust_of(cases):
     """How well confidence foretells the DSC: mean absolute error, rank correlation, and AUROC for masks below BAD.
 
+    Where there are intervals: the share of the cases whose DSC lies in theirs, and their mean width.
+
     Args:
         cases: see foretold; of a way that writes no cases.csv nothing is said.
     """
@@ -203,11 +206,14 @@ def trust_of(cases):
     if 0 < bad.sum() < len(bad):
         larger = stats.mannwhitneyu(confidence[~bad], confidence[bad]).statistic
         found["auroc_bad"] = larger / (bad.sum() * (~bad).sum())
+    if cases["predicted_low"].notna().any():
+        low, high = cases["predicted_low"], cases["predicted_high"]
+        found |= {"in_interval": dsc.between(low, high).mean(), "interval_width": (high - low).mean()}
     return found
 
 
 def foretold(file, dsc):
-    """Confidence and predicted DSC of every case, from cases.csv if the way has written one, beside the true ``dsc``.
+    """What cases.csv foretells of every case, if the way has written one, beside the true ``dsc``.
 
     Args:
         dsc: pandas.Series of case to true DSC.
@@ -215,7 +221,7 @@ def foretold(file, dsc):
     table = dsc.rename("dsc").rename_axis("case").to_frame()
     if not file.exists():
         return table
-    return table.join(pd.read_csv(file).set_index("case").loc[dsc.index, ["confidence", "predicted_dsc"]])
+    return table.join(pd.read_csv(file).set_index("case").loc[dsc.index, FORETOLD])
 
 
 def mean_of_kept(order, dsc):

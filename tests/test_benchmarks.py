@@ -43,12 +43,15 @@ def test_classes_and_the_foreground_that_holds_them_are_scored(tmp_path):
 def test_what_cases_csv_foretells_is_compared_with_the_truth(tmp_path):
     dsc = pd.Series({"a": 0.9, "b": 0.7, "c": 0.85, "d": 0.6})
     table = pd.DataFrame({"case": list("dcba"), "confidence": [0.5, 0.8, 0.7, 0.9], "predicted_dsc": 0.8})
+    table = table.assign(predicted_low=np.nan, predicted_high=np.nan)
     table.to_csv(tmp_path / "cases.csv")
     cases = volumes.foretold(tmp_path / "cases.csv", dsc)
     expected = {"predicted_error": (0.1 + 0.1 + 0.05 + 0.2) / 4, "spearman": 1, "auroc_bad": 1}
     assert volumes.trust_of(cases) == pytest.approx(expected)
     assert "auroc_bad" not in volumes.trust_of(cases.assign(dsc=cases["dsc"].clip(lower=0.8)))
     assert volumes.trust_of(volumes.foretold(tmp_path / "none.csv", dsc)) == {}
+    within = volumes.trust_of(cases.assign(predicted_low=0.65, predicted_high=[0.95, 0.85, 0.85, 0.85]))
+    assert within["in_interval"] == 0.75 and within["interval_width"] == pytest.approx(0.225)
 
 
 def test_the_most_confident_masks_are_kept_first():
