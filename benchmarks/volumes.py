@@ -104,16 +104,45 @@ def by_ants(fuse):
     """ANTs SyN with its defaults: every drawn volume is registered to every other one, and the warped masks fused."""
 
     def way(folder, hidden, values, _):
-        os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(os.cpu_count())
-        image = lambda file: ants.load_ants().image_read(str(file))
-        atlases = [(image(folder / "images" / mask.name), image(mask)) for mask in sorted((folder / "masks").iterdir())]
-        found = {}
+        atlases, found = drawn_for_ants(folder), {}
         for name in tqdm(hidden, desc="ANTs", unit="case"):
-            target = image(folder / "images" / f"{name}.nii.gz")
+            target = for_ants(folder / "images" / f"{name}.nii.gz")
             found[name] = fuse(target, ants.warp_onto(target, atlases), max(values))
         return found
 
     return way
+
+
+def for_ants(file):
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(os.cpu_count())
+    return ants.load_ants().image_read(str(file))
+
+
+def drawn_for_ants(folder):
+    """Pairs of ANTs images: every drawn volume and its labels."""
+    masks = sorted((folder / "masks").iterdir())
+    return [(for_ants(folder / "images" / mask.name), for_ants(mask)) for mask in masks]
+
+
+def reverse_accuracy(folder, found, values):
+    """Reverse classification accuracy of predicted masks (Valindria et al., IEEE TMI 2017), without their truth.
+
+    Every case with its predicted mask is registered by ANTs SyN to every drawn volume. What counts is the mean DSC of
+    the classes there, of the drawn volume where it is highest.
+
+    Args:
+        found: dictionary of case to its predicted labels.
+
+    Returns:
+        pandas.Series by case.
+    """
+    drawn, best = drawn_for_ants(folder), {}
+    for name in tqdm(found, desc="reverse accuracy", unit="case"):
+        scan = for_ants(folder / "images" / f"{name}.nii.gz")
+        case = [(scan, scan.new_image_like(found[name].astype(np.float32)))]
+        moved = [ants.warp_onto(image, case)[0][1].numpy().round() for image, _ in drawn]
+        best[name] = max(class_scores(one, labels.numpy(), values).mean() for one, (_, labels) in zip(moved, drawn))
+    return pd.Series(best, name="reverse")
 
 
 def by_nnunet(folder, hidden, values, minutes):
@@ -161,7 +190,7 @@ WAYS = {
     "make segment, views, fs+elastic": by_segment("folder.space=views", "folder.method=fs+elastic"),
     "make segment, volumes": by_segment("folder.space=volumes"),
     "make segment, volumes, bcp": by_segment("folder.space=volumes", "folder.method=bcp"),
-    "make segment, volumes, 2,000 steps": by_segment("folder.space=volumes", "volumes.training.steps=2000"),
+    "make segment, volumes, 1,000 steps": by_segment("folder.space=volumes", "volumes.training.steps=1000"),
     "make segment, volumes, fs+elastic": by_segment("folder.space=volumes", "folder.method=fs+elastic"),
     "make segment, joint+": by_segment("folder.method=joint+"),
     "make segment, volumes, joint+": by_segment("folder.space=volumes", "folder.method=joint+"),
@@ -170,7 +199,7 @@ WAYS = {
     "MONAI U-Net": by_segment("folder.space=volumes", "folder.method=fs+elastic", program=[MONAI]),
     "nnU-Net": by_nnunet,
 }
-OURS = "make segment", "make segment, bcp", "make segment, volumes"
+OURS = "make segment", "make segment, bcp", "make segment, volumes, 1,000 steps"
 
 
 def labels_in(file):
@@ -182,25 +211,33 @@ def scores_of(found, hidden, values):
     rows = []
     for name, file in hidden.items():
         truth = labels_in(file)
-        masks = [  # of type bool, since the foreground overlaps the classes
-            torch.as_tensor(np.stack([each == value for value in values] + [each > 0]))[None]
-            for each in (found[name], truth)
-        ]
-        rows.append(dice(*masks)[0].tolist())
+        foreground = class_scores(found[name] > 0, truth > 0, [True])
+        rows.append([*class_scores(found[name], truth, values), *foreground])
     return pd.DataFrame(rows, columns=[*values.values(), "foreground"], index=list(hidden))
+
+
+def class_scores(labels, truth, values):
+    """DSC of every label value, an array."""
+    masks = [torch.as_tensor(np.stack([each == value for value in values]))[None] for each in (labels, truth)]
+    return dice(*masks)[0].numpy()
 
 
 def trust_of(cases):
     """How well confidence foretells the DSC: mean absolute error, rank correlation, and AUROC for masks below BAD.
 
-    Where there are intervals: the share of the cases whose DSC lies in theirs, and their mean width.
+    Where there are intervals: the share of the cases whose DSC lies in theirs, and their mean width. Where there is
+    reverse accuracy: its mean absolute error and rank correlation.
 
     Args:
         cases: see foretold; of a way that writes no cases.csv nothing is said.
     """
+    dsc, bad, reverse = cases["dsc"], cases["dsc"] < BAD, {}
+    if "reverse" in cases:
+        reverse["reverse_error"] = (cases["reverse"] - dsc).abs().mean()
+        reverse["reverse_spearman"] = cases["reverse"].corr(dsc, "spearman")
     if "confidence" not in cases:
-        return {}
-    dsc, confidence, bad = cases["dsc"], cases["confidence"], cases["dsc"] < BAD
+        return reverse
+    confidence = cases["confidence"]
     found = {"predicted_error": (cases["predicted_dsc"] - dsc).abs().mean()}
     found["spearman"] = confidence.corr(dsc, "spearman")
     if 0 < bad.sum() < len(bad):
@@ -209,7 +246,7 @@ def trust_of(cases):
     if cases["predicted_low"].notna().any():
         low, high = cases["predicted_low"], cases["predicted_high"]
         found |= {"in_interval": dsc.between(low, high).mean(), "interval_width": (high - low).mean()}
-    return found
+    return found | reverse
 
 
 def foretold(file, dsc):
@@ -264,6 +301,7 @@ def main():
     parser.add_argument(
         "--trust", action="store_true", help="keep single cases too, and draw what confidence says of them"
     )
+    parser.add_argument("--reverse", action="store_true", help="reverse classification accuracy too, by ANTs")
     given = parser.parse_args()
     if unknown := set(given.ways) - set(WAYS):
         parser.error(f"{', '.join(unknown)}: not one of {', '.join(WAYS)}")
@@ -273,7 +311,7 @@ def main():
     table, cases = (Kept(results / f"{given.table}{part}.csv") for part in ("", "_cases"))
     for labelled, draw, name in product(given.labelled, given.draws, given.ways):
         run = {"method": name, "n_labelled": labelled, "draw": draw}
-        row, found = measure(cohort, name, labelled, draw, ours_took(table.rows, labelled, draw))
+        row, found = measure(cohort, name, labelled, draw, ours_took(table.rows, labelled, draw), given.reverse)
         table.replace(run, pd.DataFrame([row]))
         if given.trust or cases.file.exists():
             cases.replace(run, found.reset_index())
@@ -284,7 +322,7 @@ def main():
         risk_coverage(cases.rows).savefig(results / f"{given.table}_trust.png", dpi=110)
 
 
-def measure(cohort, name, labelled, draw, minutes):
+def measure(cohort, name, labelled, draw, minutes, reverse=False):
     """One run of a way: (a row of the table, as a dictionary; see foretold, of every scored case).
 
     Args:
@@ -292,6 +330,7 @@ def measure(cohort, name, labelled, draw, minutes):
         name: one of WAYS.
         labelled, draw: how many cases are drawn, and which.
         minutes: that `make segment` takes, if that is known.
+        reverse: whether ``reverse_accuracy`` is wanted.
     """
     with tempfile.TemporaryDirectory() as folder:
         hidden = write_folder(Path(folder), cohort, labelled, draw)
@@ -300,6 +339,8 @@ def measure(cohort, name, labelled, draw, minutes):
         took = (time.monotonic() - began) / 60
         scores = scores_of(found, hidden, cohort.values)
         cases = foretold(Path(folder) / "out" / "cases.csv", scores[list(cohort.values.values())].mean(axis=1))
+        if reverse:
+            cases = cases.join(reverse_accuracy(Path(folder), found, cohort.values))
     row = {"n_scored": len(hidden), "dsc_mean": cases["dsc"].mean(), "dsc_worst": cases["dsc"].min()}
     return row | {**scores.mean(), "minutes": took} | trust_of(cases), cases
 

@@ -54,6 +54,31 @@ def test_what_cases_csv_foretells_is_compared_with_the_truth(tmp_path):
     assert within["in_interval"] == 0.75 and within["interval_width"] == pytest.approx(0.225)
 
 
+class Scan:
+    """Stands for an ANTs image."""
+
+    def __init__(self, voxels):
+        self.numpy, self.new_image_like = lambda: voxels, Scan
+
+
+def test_reverse_accuracy_is_how_well_a_predicted_mask_fits_the_drawn_case_that_it_fits_best(tmp_path, monkeypatch):
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    labels = np.zeros((3, 4, 4))
+    labels[0], labels[1] = 1, 2
+    drawn = {"first": labels, "second": labels[[1, 0, 2]], "case": labels * 0}
+    for name in ("first", "second"):
+        (tmp_path / "masks" / f"{name}.nii.gz").touch()
+    monkeypatch.setattr(volumes, "for_ants", lambda file: Scan(drawn[volumes.stem(file)]))
+    monkeypatch.setattr(volumes.ants, "warp_onto", lambda target, atlases: atlases)  # all scans lie alike
+    found = labels.copy()
+    found[0] = 0  # the anterior part is missing
+    reverse = volumes.reverse_accuracy(tmp_path, {"case": found}, VALUES)
+    assert reverse.to_dict() == {"case": 0.5}
+    cases = pd.DataFrame({"dsc": [0.7, 0.9], "reverse": [0.6, 0.7]})
+    assert volumes.trust_of(cases) == pytest.approx({"reverse_error": 0.15, "reverse_spearman": 1})
+
+
 def test_the_most_confident_masks_are_kept_first():
     kept = volumes.mean_of_kept([0.5, 0.9, 0.7], [0.6, 0.9, 0.3])
     assert kept == pytest.approx([0.9, 0.6, 0.6])
