@@ -180,6 +180,11 @@ def stem(file):
     return file.name.removesuffix(".nii.gz")
 
 
+SHORT = (
+    "folder.space=volumes",
+    "volumes.training.steps=1000",
+)  # half of the default: the rows on volumes were made by it
+
 WAYS = {
     "make segment": by_segment(),
     "make segment, bcp": by_segment("folder.method=bcp"),
@@ -189,14 +194,14 @@ WAYS = {
     "make segment, whole scans": by_segment("folder.region=whole"),
     "make segment, views, fs+elastic": by_segment("folder.space=views", "folder.method=fs+elastic"),
     "make segment, volumes": by_segment("folder.space=volumes"),
-    "make segment, volumes, bcp": by_segment("folder.space=volumes", "folder.method=bcp"),
-    "make segment, volumes, 1,000 steps": by_segment("folder.space=volumes", "volumes.training.steps=1000"),
-    "make segment, volumes, fs+elastic": by_segment("folder.space=volumes", "folder.method=fs+elastic"),
-    "make segment, joint+": by_segment("folder.method=joint+"),
-    "make segment, volumes, joint+": by_segment("folder.space=volumes", "folder.method=joint+"),
+    "make segment, volumes, bcp": by_segment(*SHORT, "folder.method=bcp"),
+    "make segment, volumes, 1,000 steps": by_segment(*SHORT),
+    "make segment, volumes, fs+elastic": by_segment(*SHORT, "folder.method=fs+elastic"),
+    "make segment, joint+": by_segment("folder.method=joint+", SHORT[1]),
+    "make segment, volumes, joint+": by_segment(*SHORT, "folder.method=joint+"),
     "ANTs SyN, majority vote": by_ants(ants.majority),
     "ANTs SyN, joint label fusion": by_ants(ants.joint_fusion),
-    "MONAI U-Net": by_segment("folder.space=volumes", "folder.method=fs+elastic", program=[MONAI]),
+    "MONAI U-Net": by_segment(*SHORT, "folder.method=fs+elastic", program=[MONAI]),
     "nnU-Net": by_nnunet,
 }
 OURS = "make segment", "make segment, bcp", "make segment, volumes, 1,000 steps"

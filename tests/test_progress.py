@@ -1,5 +1,7 @@
 """One display over a whole run: it ends when everything is done, and its parts add up."""
 
+import json
+
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -97,10 +99,14 @@ def test_in_a_notebook_the_display_leaves_the_line_to_the_bar_of_a_single_traini
         "progress = Progress()\nprogress.begin({'network': 30})\n"
         "with progress.part('network') as done:\n"
         "    for _ in tqdm(range(30), mininterval=0):\n        done(1)\n"
+        "widget = progress.bar.container.children[1]\nends = [widget.layout.width, widget.max]\n"
+        "progress.begin({'quick network': 20, 'segmenting': 50}, later=7)\nends.append(widget.max)\n"
+        "progress.skip('quick network')\n[*ends, widget.max]\n"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(params.ROOT)}}).execute()
-    shown, *streams = notebook.cells[0].outputs
+    shown, *streams, last = notebook.cells[0].outputs
+    assert json.loads(last["data"]["text/plain"].replace("None", "null")) == [None, 30, 107, 87]  # of the widget itself
     text = "".join(stream["text"] for stream in streams)
     assert "application/vnd.jupyter.widget-view+json" in shown["data"] and "100%" in text
     assert text.count("\n") <= 1 and "all:" not in text

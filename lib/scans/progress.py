@@ -18,10 +18,17 @@ SEGMENTING = "segmenting"
 
 
 class Progress:
-    """A bar whose unit is one voxel seen by a network. It shows nothing before ``begin``."""
+    """A bar whose unit is one voxel seen by a network, over all stages of a run. It shows nothing before ``begin``."""
 
     def __init__(self):
         self.parts, self.stage, self.bar = {}, "", None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
 
     def begin(self, parts, stage="", later=0):
         """A stage begins; what the one before it has left undone is no longer waited for.
@@ -32,16 +39,23 @@ class Progress:
             later: what the stages after it will take, as far as this is known.
         """
         self.parts, self.stage = parts, stage
+        total = sum(parts.values()) + later
         if self.bar is None:
             line = {"position": 1} if IN_NOTEBOOK else {"ncols": WIDTH}
-            self.bar = tqdm(total=0, bar_format=FORMAT, **line)
-        self.bar.total = self.bar.n + sum(parts.values()) + later
+            self.bar = tqdm(total=total, bar_format=FORMAT, **line)
+        else:
+            self.end_at(self.bar.n + total)
+
+    def end_at(self, total):
+        """Change where the bar ends."""
+        self.bar.total = total
+        if IN_NOTEBOOK:
+            self.bar.container.children[1].max = total  # tqdm's widget keeps its first one
         self.bar.refresh()
 
     def skip(self, *names):
         """Parts that an earlier run has done."""
-        self.bar.total -= sum(self.parts.pop(name) for name in names)
-        self.bar.refresh()
+        self.end_at(self.bar.total - sum(self.parts.pop(name) for name in names))
 
     @contextmanager
     def part(self, name):

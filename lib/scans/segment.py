@@ -75,13 +75,12 @@ def segment_folder(settings):
         if model:
             options["channels"] = [] if model.about["channels"] == [""] else model.about["channels"]
         cases = find_cases(options.images, options.masks or None, options.pattern, options.channels)
-        notes, localiser, progress = {}, None, Progress()
-        if is_wanted(options, cases, model):
-            before = partial(segment_before, progress)
-            cases, notes, localiser = localise(settings, cases, model, output / "work" / "localisation", before)
-        table = segment_these(settings, output, cases, progress, notes=notes, localiser=localiser)
-        progress.bar.close()
-        return table
+        notes, localiser = {}, None
+        with Progress() as progress:
+            if is_wanted(options, cases, model):
+                before = partial(segment_before, progress)
+                cases, notes, localiser = localise(settings, cases, model, output / "work" / "localisation", before)
+            return segment_these(settings, output, cases, progress, notes=notes, localiser=localiser)
 
 
 def segment_before(progress, settings, cases, later):
