@@ -114,6 +114,7 @@ def by_ants(fuse):
 
 
 def for_ants(file):
+    """An ANTs image. Volumes are large enough for ITK's threads."""
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(os.cpu_count())
     return ants.load_ants().image_read(str(file))
 
@@ -131,10 +132,12 @@ def reverse_accuracy(folder, found, values):
     the classes there, of the drawn volume where it is highest.
 
     Args:
-        found: dictionary of case to its predicted labels.
+        folder: of ``write_folder``.
+        found: dictionary of case to its predicted labels, an array of the image's shape.
+        values: label values of the classes.
 
     Returns:
-        pandas.Series by case.
+        pandas.Series in [0, 1] by case.
     """
     drawn, best = drawn_for_ants(folder), {}
     for name in tqdm(found, desc="reverse accuracy", unit="case"):
@@ -180,11 +183,8 @@ def stem(file):
     return file.name.removesuffix(".nii.gz")
 
 
-SHORT = (
-    "folder.space=volumes",
-    "volumes.training.steps=1000",
-)  # half of the default: the rows on volumes were made by it
-
+# Half of the default's steps: measured rows on volumes are of these.
+SHORT = "folder.space=volumes", "volumes.training.steps=1000"
 WAYS = {
     "make segment": by_segment(),
     "make segment, bcp": by_segment("folder.method=bcp"),
@@ -222,7 +222,7 @@ def scores_of(found, hidden, values):
 
 
 def class_scores(labels, truth, values):
-    """DSC of every label value, an array."""
+    """DSC of every label value, array ``(values,)`` in [0, 1]; ``labels`` and ``truth`` are arrays of one shape."""
     masks = [torch.as_tensor(np.stack([each == value for value in values]))[None] for each in (labels, truth)]
     return dice(*masks)[0].numpy()
 

@@ -291,8 +291,10 @@ def chart_minutes(table):
             value = rows.loc[BASELINE, "dsc_mean"] + (0 if method == BASELINE else row["baseline_difference"])
             inside = colour if row["device"].startswith("CPU") else "none"
             (named[method],) = axes.plot(row["minutes"], value, "o", c=colour, mfc=inside, ms=9, mew=2, label=method)
-        axes.set(xscale="log", title=f"{labelled} labelled")
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(f"{labelled} labelled")
+        if table["minutes"].max() > 10 * table["minutes"].min():
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(0.1)
         low, high = axes.get_ylim()
         spare = max(0, SPAN - (high - low)) / 2  # small differences are to look small
