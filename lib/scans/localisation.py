@@ -86,7 +86,7 @@ def coarse_settings(settings, cases, folder):
 
 
 def expected(settings, cases, model):
-    """What the run on the regions will take, for progress.Progress: as if all were like those of drawn cases.
+    """What the run on the regions will take, in units of progress.Progress: as if all were like those of drawn cases.
 
     Args:
         settings, cases, model: see ``localise``. Where nothing is drawn, whole scans stand for their regions.
